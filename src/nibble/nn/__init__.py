@@ -1,0 +1,1 @@
+"""Modules: quantised linears, adapters, attention, loss."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: formats, state codecs, update rules."""

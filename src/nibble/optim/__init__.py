@@ -1,0 +1,1 @@
+"""The optimiser, parameter groups and schedules."""

@@ -1,0 +1,1 @@
+"""Words and arithmetic: the recipe, shapes, sizes, the plan. No torch."""
