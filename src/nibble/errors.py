@@ -1,13 +1,14 @@
 """Everything nibble raises on purpose.
 
-One tree, so that a program can catch `NibbleError` and a person reads one line. A message says three things: what was
-given, what is allowed, what to do. The command line prints it and exits with `exit_code`; no traceback is shown unless
-`--debug` is given. A bug is never wrapped in these: it keeps its traceback.
+One tree, so that a program can catch `NibbleError` and a person reads one line. A message says
+three things: what was given, what is allowed, what to do. The command line prints it and exits with
+`exit_code`; no traceback is shown unless `--debug` is given. A bug is never wrapped in these: it
+keeps its traceback.
 
     NibbleError
     |- ConfigError       a recipe or a command line that cannot be meant (exit 2)
     |- PlanError         the run cannot fit the budget it names
-    |- WeightError       a checkpoint that is missing, damaged, of an unknown family or of the wrong shape
+    |- WeightError       a checkpoint that is missing, damaged, of an unknown family or shape
     |- DataError         a data set that is missing, malformed or would train nothing
     |- PlacementError    a device, memory or process that is not there or gave up
     |- CheckpointError   a run folder that cannot be written, read or resumed

@@ -1,9 +1,10 @@
 """The recipe: every word that a run is made of, typed and frozen.
 
-A recipe is values, not behaviour: format x adapter x optimiser x placement are four independent sections, and what
-cannot be combined is refused in `spec/rules.py` before anything is loaded. `spec/load.py` reads YAML and overrides and
-translates other trainers' words (`spec/aliases.py`); this module holds the words themselves. The text under each field
-is its documentation: `nibble recipes --fields` and docs/recipe.md are made from it.
+A recipe is values, not behaviour: format x adapter x optimiser x placement are four independent
+sections, and what cannot be combined is refused in `spec/rules.py` before anything is loaded.
+`spec/load.py` reads YAML and overrides and translates other trainers' words (`spec/aliases.py`);
+this module holds the words themselves. The text under each field is its documentation: `nibble
+recipes --fields` and docs/recipe.md are made from it.
 
 No torch here: validating a recipe takes milliseconds.
 """
@@ -14,13 +15,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MODEL_CONFIG = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+MODEL_CONFIG = ConfigDict(
+    extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+)
 
 FormatName = Literal["none", "nf4", "fp4", "int8", "hqq", "ternary"]
 AdapterKind = Literal["none", "lora", "dora", "expand"]
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "adafactor"]
 ScheduleName = Literal["constant", "linear", "cosine"]
-DataFormat = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text", "classification"]
+DataFormat = Literal[
+    "auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text", "classification"
+]
 Task = Literal["causal-lm", "classification"]
 Precision = Literal["bf16", "fp32", "fp16"]
 SinkName = Literal["progress", "plain", "tensorboard", "wandb"]
@@ -55,7 +60,8 @@ class Quant(Section):
     """How the frozen base weights are stored."""
 
     format: FormatName = "none"
-    """`none` keeps 16 bit. nf4, fp4: QLoRA. int8: LLM.int8. hqq: 1, 2, 3, 4 or 8 bits. ternary: {-1, 0, 1}."""
+    """`none` keeps 16 bit. nf4, fp4: QLoRA. int8: LLM.int8. hqq: 1, 2, 3, 4 or 8 bits. ternary:
+    {-1, 0, 1}."""
     bits: Literal[1, 2, 3, 4, 8] | None = None
     """Only for hqq (default 4): the others have one width."""
     block: int | None = Field(default=None, ge=16)
@@ -63,7 +69,8 @@ class Quant(Section):
     double_quant: bool | None = None
     """nf4, fp4: store the scales in 8 bits as well (default true; saves 0.37 bit a weight)."""
     int8_threshold: float | None = Field(default=None, ge=0)
-    """int8: input columns with a value above this are multiplied in 16 bit (default 6.0; 0 turns it off)."""
+    """int8: input columns with a value above this are multiplied in 16 bit (default 6.0; 0 turns it
+    off)."""
     keep: tuple[str, ...] = ()
     """Linears that stay in 16 bit, by name or regular expression, besides the output head."""
     kernels: Literal["auto", "eager", "triton", "bitsandbytes"] = "auto"
@@ -84,7 +91,8 @@ class Adapter(Section):
     rank_stabilised: bool = False
     """rsLoRA (arXiv 2312.03732)."""
     targets: tuple[str, ...] = ("all-linear",)
-    """`all-linear` (all but the output head), module names such as q_proj, or regular expressions."""
+    """`all-linear` (all but the output head), module names such as q_proj, or regular
+    expressions."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full and saved with the adapter, such as embed_tokens or lm_head."""
     num_new_blocks: int = Field(default=4, ge=1)
@@ -97,7 +105,8 @@ class Source(Section):
     """One data source."""
 
     path: str
-    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .xz, .gz, .bz2), a folder of them, or a hub data set."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file (also .xz, .gz, .bz2), a folder of them,
+    or a hub data set."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None
@@ -181,7 +190,8 @@ class Train(Section):
     """The loop."""
 
     precision: Precision = "bf16"
-    """Compute type. fp16 scales the loss. Trained weights are kept in fp32 with fp16, else in this type."""
+    """Compute type. fp16 scales the loss. Trained weights are kept in fp32 with fp16, else in this
+    type."""
     adapter_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the adapters' weights (auto: fp32, which costs little and loses no small update)."""
     micro_batch_size: int = Field(default=1, ge=1)
@@ -197,7 +207,8 @@ class Train(Section):
     loss_chunk_tokens: int = Field(default=1024, ge=16)
     """Logits are made for this many tokens at a time."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; there is always one before and one after when there is held-out data."""
+    """Steps between evaluations; there is always one before and one after when there is held-out
+    data."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; there is always one at the end and at Ctrl-C."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -236,7 +247,8 @@ class Export(Section):
     """What `nibble export` may write."""
 
     max_divergence: float = Field(default=0.05, gt=0)
-    """Refuse above this mean KL divergence (nats a token) between the exported and the trained model."""
+    """Refuse above this mean KL divergence (nats a token) between the exported and the trained
+    model."""
 
 
 class Recipe(Section):

@@ -1,0 +1,151 @@
+"""Answers from a model, token by token.
+
+transformers' `generate` does the work (KV cache, sampling, stop tokens of every family); this
+module renders the prompt, hands on text as it is made, and stops cleanly. The prompt is never
+echoed. A model without a chat template is given the plain prompt (alpaca's for its own fine-tunes
+is the data floor's business: `render` takes any text function).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .conversation import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the prompt: the chat template with the assistant's turn opened, else plain
+    text."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = "\n\n".join(message["content"] for message in messages)
+    ids = list(tokenizer(text)["input_ids"])
+    # Some tokenizers close every text with eos; a prompt must stay open.
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+class Streamer:
+    """Turns token ids into text pieces that can be printed at once (no half characters or words).
+
+    The contract is transformers' (`put`, `end`): the first `put` is the prompt and is skipped.
+    """
+
+    def __init__(self, tokenizer: Any, *, on_text: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.ids: list[int] = []
+        self.shown = 0
+        self.seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.seen_prompt:
+            self.seen_prompt = True
+            return
+        self.ids.extend(value.reshape(-1).tolist())
+        text = self.text()
+        # A character that is not complete yet decodes to U+FFFD: wait for the rest of it.
+        if not text.endswith("\ufffd") and len(text) > self.shown:
+            self.on_text(text[self.shown :])
+            self.shown = len(text)
+
+    def end(self) -> None:
+        text = self.text()
+        if len(text) > self.shown:
+            self.on_text(text[self.shown :])
+            self.shown = len(text)
+
+    def text(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the model's own, the tokenizer's, and the template's turn
+    end."""
+    found: list[int] = []
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    for token in configured if isinstance(configured, list) else [configured]:
+        if token is not None:
+            found.append(int(token))
+    if tokenizer.eos_token_id is not None:
+        found.append(int(tokenizer.eos_token_id))
+    for text in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
+        token = tokenizer.convert_tokens_to_ids(text)
+        if token is not None and token != tokenizer.unk_token_id:
+            found.append(int(token))
+    return sorted(set(found))
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    *,
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The answer to a prompt, without the prompt.
+
+    `on_text` receives each piece of text as soon as it is certain. KeyboardInterrupt ends the
+    answer and is raised again after the streamer was flushed.
+    """
+    from transformers import GenerationConfig
+
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.tensor([list(prompt_ids)], device=device)
+    streamer = Streamer(tokenizer, on_text=on_text or (lambda text: None))
+    stops = stop_tokens(model, tokenizer)
+    sampled = sampling.temperature > 0
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampled,
+        temperature=sampling.temperature if sampled else None,
+        top_p=sampling.top_p if sampled else None,
+        top_k=(sampling.top_k or None) if sampled else None,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=stops or None,
+        pad_token_id=tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else stops[0]
+        if stops
+        else 0,
+    )
+    if sampled and sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=streamer,
+        )
+    except KeyboardInterrupt:
+        streamer.end()
+        raise
+    finally:
+        model.train(was_training)
+    return streamer.text()
