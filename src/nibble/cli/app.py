@@ -1,0 +1,176 @@
+"""The commands. Each one reads its words, calls one function below, and shows the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train large language models on the GPUs that people own. `--debug` shows tracebacks.",
+)
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder.")
+]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run folder, an exported or any other model.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.command(context_settings=EXTRA)
+def train(
+    context: typer.Context,
+    recipe: RecipeName,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print plan and recipe, then stop.")] = False,
+) -> None:
+    """Plan, load, train, checkpoint. Override with key=value or --key value."""
+    from ..spec.load import dump_recipe, load_recipe
+    from . import train_recipe
+
+    loaded = load_recipe(recipe, context.args)
+    if dry_run:
+        from .planning import show_plan
+
+        typer.echo(dump_recipe(loaded))
+        show_plan(loaded, as_json=False)
+        return
+    train_recipe(loaded, resume=resume)
+
+
+@app.command(context_settings=EXTRA)
+def plan(
+    context: typer.Context,
+    recipe: RecipeName,
+    json: Annotated[bool, typer.Option(help="For programs.")] = False,
+) -> None:
+    """Bytes by category and phase, and tokens per second, before anything is loaded."""
+    from ..spec.load import load_recipe
+    from .planning import show_plan
+
+    show_plan(load_recipe(recipe, context.args), as_json=json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    fields: Annotated[bool, typer.Option(help="Every word of a recipe, with its meaning.")] = False,
+) -> None:
+    """List the built-in recipes, or print one."""
+    from .showing import show_fields, show_recipe, show_recipes
+
+    if fields:
+        show_fields()
+    elif name is None:
+        show_recipes()
+    else:
+        show_recipe(name)
+
+
+@app.command()
+def chat(
+    model: RunOrModel,
+    prompt: Annotated[str | None, typer.Option(help="Ask one question and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    base: Annotated[bool, typer.Option(help="Ask the model as it was before the run.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model. Keeps the conversation; drops the oldest turns when the context is full."""
+    from .chatting import chat as run
+    from .chatting import sampling
+
+    run(
+        model,
+        prompt=prompt,
+        system=system,
+        how=sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        ),
+        base=base,
+        device=device,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: RunOrModel,
+    text: Annotated[Path | None, typer.Option(help="Perplexity on this text file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Loss on this data set.")] = None,
+    context_length: Annotated[int | None, typer.Option(min=8)] = None,
+    rouge: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also answer N rows and give ROUGE.")
+    ] = None,
+    num_rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows.")] = None,
+    base: Annotated[bool, typer.Option(help="The model as it was before the run.")] = False,
+    device: Device = "auto",
+    json: Annotated[bool, typer.Option(help="For programs.")] = False,
+) -> None:
+    """Perplexity on a text, loss on a set, metrics of a classification task."""
+    from .evaluating import evaluate as run
+
+    run(
+        model,
+        text=text,
+        data=data,
+        context_length=context_length,
+        num_rouge_rows=rouge,
+        num_rows=num_rows,
+        base=base,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[str, typer.Option(help="adapter, merged or hf.")] = "merged",
+    out: Annotated[Path | None, typer.Option(help="Folder (default RUN/export-KIND).")] = None,
+    max_divergence: Annotated[
+        float | None, typer.Option(min=0.0, help="Refuse above this KL, in nats a token.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Write a folder that other tools load, and measure how far it is from the trained model."""
+    from .exporting import export as write
+
+    write(run, to=to, out=out, max_divergence=max_divergence, device=device)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and what would fail on it."""
+    from .showing import show_doctor
+
+    show_doctor()
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where it writes.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 40,
+) -> None:
+    """Fine-tune SmolLM2-135M-Instruct on Python's own documentation, from here to a chat."""
+    from ..demo.main import run
+
+    run(folder=folder, num_steps=steps)
+
+
+@app.command()
+def version() -> None:
+    """The version of nibble."""
+    from .. import __version__
+
+    typer.echo(__version__)
