@@ -1,0 +1,202 @@
+"""The loss of the next token without ever holding all the logits.
+
+Idea. Logits of n tokens over a vocabulary V in fp32 take 4 n V bytes: 2 GiB for 4096 tokens of
+Llama 3, and autograd keeps several copies. Only positions that have a target matter, and the
+gradient of a sum of cross entropies is known as soon as its logits are, so the rows are taken
+`chunk` at a time, and each chunk's gradient is formed while its logits are still there:
+
+    z = f(h W^T + b)       L = sum_t (logsumexp z_t - z_t,y_t)
+    dL/dz = softmax(z) - onehot(y)       dL/dh = f'(dL/dz) W       dL/dW += f'(dL/dz)^T h
+
+f is the family's logit transform (soft cap, scale). Backward only multiplies by the incoming
+number, which is exact as the loss is a sum. Logits, softmax and dL/dW are fp32; the products are in
+the type of h, as a plain head's would be.
+
+Costs: h of the rows with targets once more, chunk * V * (8 + size of h) bytes while it runs, and V
+* D * 4 bytes for dL/dW if the head is trained. Nothing is computed twice. A head that is not a
+plain linear layer (wrapped by an adapter, quantised) is called as it is, chunk by chunk under
+activation checkpointing: the head is then run twice. Not a kernel: the matrix products dominate
+from V = 32k on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+"""The label of a position that has no target."""
+
+LogitTransform = Callable[[Tensor], Tensor]
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    *,
+    chunk: int,
+    transform: LogitTransform | None = None,
+    num_targets: int | None = None,
+) -> tuple[Tensor, int]:
+    """Sum of the cross entropies of the next tokens, fp32 scalar, and how many there are.
+
+    hidden: [..., D], what the head reads. labels: [...], already shifted (labels[t] is the target
+    of position t), -100 where there is none. chunk: rows of logits alive at a time. transform:
+    applied to fp32 logits, row by row. num_targets: how many labels count, if the host knows;
+    counting them reads from the device.
+    """
+    rows, targets = select_targets(hidden, labels, num_targets=num_targets)
+    if type(head) is nn.Linear:
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        words = (rows.to(dtype), head.weight, head.bias, targets, chunk, transform)
+        loss: Tensor = _FusedLoss.apply(*words)  # type: ignore[no-untyped-call]
+    else:
+        loss = _module_loss(rows, targets, head, chunk, transform)
+    return loss, targets.numel()
+
+
+def select_targets(
+    hidden: Tensor, labels: Tensor, *, num_targets: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows that have a target: hidden [..., D], labels [...] -> [n, D], [n], in order."""
+    flat = labels.reshape(-1)
+    if num_targets is None:
+        index = (flat != IGNORE).nonzero().flatten()
+    else:
+        # A stable sort leaves the device alone; `nonzero` would wait for it to know the size.
+        index = (flat == IGNORE).to(torch.uint8).argsort(stable=True)[:num_targets]
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), flat.index_select(0, index)
+
+
+def full_logits_loss(
+    logits: Tensor, labels: Tensor, *, num_targets: int | None = None
+) -> tuple[Tensor, int]:
+    """The same sum from logits that a family insists on making in full: [..., V] and [...] -> fp32
+    scalar, count.
+    """
+    rows, targets = select_targets(logits, labels, num_targets=num_targets)
+    return F.cross_entropy(rows.float(), targets, reduction="sum"), targets.numel()
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Sum over rows of the cross entropy, or of the squared error when there is one output; and the
+    number of rows.
+
+    logits: [rows, classes]. labels: [rows], integers, or numbers for one output (regression).
+    """
+    if logits.shape[-1] == 1:
+        return F.mse_loss(
+            logits.float().squeeze(-1), labels.float(), reduction="sum"
+        ), labels.numel()
+    return F.cross_entropy(logits.float(), labels.long(), reduction="sum"), labels.numel()
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Forward makes loss and gradients chunk by chunk; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        transform: LogitTransform | None,
+    ) -> Tensor:
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        need_grad = any(ctx.needs_input_grad)
+        with torch.autocast(rows.device.type, enabled=False):
+            head = weight.to(rows.dtype)
+            grad_rows = torch.empty_like(rows) if needs_rows else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_bias = None
+            if bias is not None and needs_bias:
+                grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+            total = torch.zeros((), dtype=torch.float32, device=rows.device)
+            for begin in range(0, rows.shape[0], chunk):
+                part = slice(begin, begin + chunk)
+                raw = F.linear(rows[part], head).float()
+                if bias is not None:
+                    raw += bias
+                loss, grad = _chunk_loss(raw, targets[part], transform, need_grad=need_grad)
+                total += loss
+                if grad is None:
+                    continue
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                low = grad.to(rows.dtype)
+                del raw, grad
+                if grad_rows is not None:
+                    torch.mm(low, head, out=grad_rows[part])
+                if grad_weight is not None:
+                    grad_weight += low.T @ rows[part]
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        scale = grad_outputs[0]
+        grad_rows, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_rows is None else grad_rows * scale,
+            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _chunk_loss(
+    raw: Tensor, targets: Tensor, transform: LogitTransform | None, *, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of fp32 logits [n, V] and its gradient by them, which may take their memory."""
+    logits = raw
+    if transform is not None:
+        raw = raw.detach().requires_grad_(need_grad)
+        with torch.set_grad_enabled(need_grad):
+            through = transform(raw)
+        logits = through.detach()
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    loss = (log_total - logits.gather(1, targets[:, None])).sum()
+    if not need_grad:
+        return loss, None
+    in_place = transform is None
+    grad = logits.sub_(log_total).exp_() if in_place else logits.sub(log_total).exp_()
+    grad.scatter_add_(1, targets[:, None], torch.full_like(log_total, -1.0))
+    if transform is not None:
+        (grad,) = torch.autograd.grad(through, raw, grad)
+    return loss, grad
+
+
+def _module_loss(
+    rows: Tensor, targets: Tensor, head: nn.Module, chunk: int, transform: LogitTransform | None
+) -> Tensor:
+    """The same sum through any head module, logits of one chunk alive at a time and made again in
+    backward.
+    """
+
+    def part(some_rows: Tensor, some_targets: Tensor) -> Tensor:
+        logits = head(some_rows).float()
+        if transform is not None:
+            logits = transform(logits)
+        return F.cross_entropy(logits, some_targets, reduction="sum")
+
+    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    for some_rows, some_targets in zip(
+        torch.split(rows, chunk), torch.split(targets, chunk), strict=True
+    ):
+        if torch.is_grad_enabled():
+            total = total + checkpoint(part, some_rows, some_targets, use_reentrant=False)
+        else:
+            total = total + part(some_rows, some_targets)
+    return total
