@@ -1,0 +1,136 @@
+"""Cards by name: memory, rates, power and price, from a table that says where each number is from.
+
+Idea. A plan is arithmetic over two tables, shapes and rates; this is the second. `hardware.toml`
+holds one row a card with its source and date; the user's own file of the same layout
+(~/.config/nibble/hardware.toml, or in XDG_CONFIG_HOME) wins key by key, so that one's own rent or
+measured rate replaces ours. Names are compared without case, spaces and vendor words, so what the
+driver reports finds its row as well.
+
+It measures nothing and asks no driver: see `nibble doctor` for what is in this machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nibble.errors import ConfigError
+from nibble.spec.units import GIB
+
+SUSTAINED_SHARE = 0.75
+"""Of the datasheet's matmul rate, where nothing is measured; the one card that is holds 0.67."""
+
+_NUMBERS = ("memory_gib", "matmul_tflops", "bandwidth_gbs", "bus_gbs", "power_w")
+_OPTIONAL_NUMBERS = ("sustained_tflops", "price_usd_hour")
+_KEYS = {*_NUMBERS, *_OPTIONAL_NUMBERS, "names", "bf16", "source", "date"}
+_NOISE = re.compile(r"nvidia|geforce|tesla|graphics|[\s_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One card; rates in their units by the second, bytes in bytes."""
+
+    name: str
+    memory_bytes: int
+    matmul_flops: float
+    """What dense 16-bit products sustain, FLOP/s."""
+    bandwidth_bytes: float
+    bus_bytes: float
+    power_w: float
+    price_usd_hour: float | None
+    bf16: bool
+    source: str
+    date: str
+
+
+def hardware(name: str) -> Hardware:
+    """The card called `name`, by key, by another of its names, or as the driver reports it.
+
+    Raises ConfigError for an unknown card with the nearest names, and for a malformed user file.
+    """
+    rows = _rows()
+    wanted = _plain(name)
+    for key, row in rows.items():
+        if wanted in {_plain(key), *(_plain(other) for other in row.get("names", []))}:
+            return _hardware(key, row)
+    plain = {_plain(key): key for key in rows}
+    near = difflib.get_close_matches(wanted, plain, n=4, cutoff=0.4)
+    shown = ", ".join(plain[found] for found in near) if near else ", ".join(rows)
+    raise ConfigError(
+        f"unknown card {name!r}; {'nearest' if near else 'known'}: {shown}. "
+        f"Add a row to {user_file()} for another"
+    )
+
+
+def known() -> dict[str, Hardware]:
+    """All cards by key, the user's rows included."""
+    return {key: _hardware(key, row) for key, row in _rows().items()}
+
+
+def user_file() -> Path:
+    """Where the user's own rows are."""
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "nibble" / "hardware.toml"
+
+
+def _rows() -> dict[str, dict[str, Any]]:
+    shipped = files("nibble.spec").joinpath("hardware.toml").read_text(encoding="utf-8")
+    rows: dict[str, dict[str, Any]] = tomllib.loads(shipped)
+    own = user_file()
+    if not own.is_file():
+        return rows
+    try:
+        given = tomllib.loads(own.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{own}: not TOML ({error}); correct it or move it away") from None
+    by_plain = {_plain(key): key for key in rows}
+    for key, row in given.items():
+        if not isinstance(row, dict):
+            raise ConfigError(f"{own}: {key} is not a table; write [{key}] above its rows")
+        unknown = sorted(set(row) - _KEYS)
+        if unknown:
+            raise ConfigError(
+                f"{own}: [{key}] has the unknown key {unknown[0]}; known are "
+                f"{', '.join(sorted(_KEYS))}"
+            )
+        same = by_plain.get(_plain(key), key)
+        rows[same] = {**rows.get(same, {"source": f"{own}", "date": "yours"}), **row}
+        _hardware(same, rows[same], where=f"{own}: ")
+    return rows
+
+
+def _hardware(key: str, row: dict[str, Any], *, where: str = "") -> Hardware:
+    for name in (*_NUMBERS, *_OPTIONAL_NUMBERS):
+        value = row.get(name)
+        if value is None and name in _OPTIONAL_NUMBERS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(
+                f"{where}[{key}] {name}={value!r} must be a number above 0; a new card needs "
+                f"{', '.join(_NUMBERS)}"
+            )
+    sustained = row.get("sustained_tflops", row["matmul_tflops"] * SUSTAINED_SHARE)
+    date = row.get("date", "")
+    return Hardware(
+        name=key,
+        memory_bytes=int(row["memory_gib"] * GIB),
+        matmul_flops=sustained * 1e12,
+        bandwidth_bytes=row["bandwidth_gbs"] * 1e9,
+        bus_bytes=row["bus_gbs"] * 1e9,
+        power_w=float(row["power_w"]),
+        price_usd_hour=row.get("price_usd_hour"),
+        bf16=bool(row.get("bf16", True)),
+        source=str(row.get("source", "")),
+        date=date.isoformat() if isinstance(date, datetime.date) else str(date),
+    )
+
+
+def _plain(name: str) -> str:
+    return _NOISE.sub("", name.lower())
