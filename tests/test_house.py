@@ -25,7 +25,9 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"use"}),
     frozenset({"train"}),
     frozenset({"run"}),
-    frozenset({"cli", "__main__", "demo"}),
+    frozenset({"demo"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "datasets", "triton"}
