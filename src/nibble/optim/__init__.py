@@ -1,1 +1,17 @@
 """The optimiser, parameter groups and schedules."""
+
+from nibble.optim.clipping import clip_grad_norm_
+from nibble.optim.groups import GroupRule, GroupSummary, build, group_parameters, summarise
+from nibble.optim.optimizer import Optimizer
+from nibble.optim.schedules import Schedule
+
+__all__ = [
+    "GroupRule",
+    "GroupSummary",
+    "Optimizer",
+    "Schedule",
+    "build",
+    "clip_grad_norm_",
+    "group_parameters",
+    "summarise",
+]

@@ -1,0 +1,159 @@
+"""Update rules: from gradients and state to the direction in which weights go.
+
+A rule is a function (gradients, states, hyper) -> updates U, and the caller applies
+
+    W <- (1 - lr * weight_decay) * W - lr * U
+
+so learning rate and (decoupled, arXiv 1711.05101) weight decay are no business of a rule, and
+neither are parameters, codecs or devices: whatever changes the gradient before, or U after, can
+stand between caller and rule. Everything is a *list* of float32 tensors, taken through
+`torch._foreach_*`, so that hundreds of small tensors cost a handful of kernel launches.
+
+    adamw      M = b1 M + (1-b1) G;  V = b2 V + (1-b2) G^2;
+               U = M/(1-b1^t) / (sqrt(V/(1-b2^t)) + eps)                    (arXiv 1412.6980)
+    sgd        U = G
+    momentum   M = mu M + G;  U = M                                      (torch.optim.SGD's form)
+    lion       U = sign(b1 M + (1-b1) G);  M = b2 M + (1-b2) G                  (arXiv 2302.06675)
+    adafactor  R, C = running row and column means of G^2 + eps^2 with b2_t = 1 - t^-0.8;
+               U = G / sqrt(R C^T / mean(R)), divided by max(1, rms(U) / 1.0)   (arXiv 1804.04235)
+
+Adafactor is the paper's with an external learning rate: transformers' Adafactor with
+`relative_step=False, scale_parameter=False` and its eps[0] = eps^2 (here eps is in units of the
+gradient, as Adam's is). torch.optim.Adafactor scales the step by the weights' RMS; this does not.
+
+States advance in place (hence the `_`); gradients are only read; updates may be the very tensors
+given as gradients or states, so they are to be read before the next call and not written. Costs two
+temporaries of the gradients' size at most, adafactor three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ADAFACTOR_DECAY = 0.8
+ADAFACTOR_CLIP = 1.0
+
+States = Mapping[str, list[Tensor]]
+"""Slot name to one float32 tensor for each gradient, in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """Numbers that rules use; `step` counts from 1 and includes the present update."""
+
+    step: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+
+
+def adamw_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+    """Adam's direction; states `exp_avg` and `exp_avg_sq` shaped as the gradients."""
+    beta1, beta2 = hyper.betas
+    exp_avg, exp_avg_sq = states["exp_avg"], states["exp_avg_sq"]
+    torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - beta2)
+    # Both bias corrections go into the denominator: one pass over memory less.
+    correction1 = 1 - beta1**hyper.step
+    correction2 = math.sqrt(1 - beta2**hyper.step)
+    denominators = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_mul_(denominators, correction1 / correction2)
+    torch._foreach_add_(denominators, hyper.eps * correction1)
+    return list(torch._foreach_div(exp_avg, denominators))
+
+
+def sgd_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+    """Plain gradient descent; no state."""
+    return grads
+
+
+def momentum_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+    """Heavy-ball momentum without dampening; state `momentum_buffer` shaped as the gradients."""
+    buffers = states["momentum_buffer"]
+    torch._foreach_mul_(buffers, hyper.momentum)
+    torch._foreach_add_(buffers, grads)
+    return buffers
+
+
+def lion_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+    """Sign of an interpolated momentum; state `exp_avg` shaped as the gradients."""
+    beta1, beta2 = hyper.betas
+    exp_avg = states["exp_avg"]
+    updates = list(torch._foreach_lerp(exp_avg, grads, 1 - beta1))
+    torch._foreach_sign_(updates)
+    torch._foreach_lerp_(exp_avg, grads, 1 - beta2)
+    return updates
+
+
+def adafactor_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+    """Factored second moments and clipped updates; all gradients matrices, or all of them vectors.
+
+    States: `exp_avg_sq_row` [..., m] and `exp_avg_sq_col` [..., n] for gradients [..., m, n];
+    `exp_avg_sq` for vectors and scalars. Gradients of one shape are stacked and share launches.
+    """
+    updates: dict[int, Tensor] = {}
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, grad in enumerate(grads):
+        by_shape.setdefault(grad.shape, []).append(index)
+    for indices in by_shape.values():
+        stacked = _stack([grads[index] for index in indices])
+        own = {name: [slot[index] for index in indices] for name, slot in states.items()}
+        direction = _adafactor_direction(stacked, own, hyper)
+        updates.update(zip(indices, direction.unbind(0), strict=True))
+    return [updates[index] for index in range(len(grads))]
+
+
+def _adafactor_direction(grads: Tensor, states: States, hyper: Hyper) -> Tensor:
+    """Adafactor's update for gradients [k, ...] of one shape; advances their states."""
+    weight = hyper.step**-ADAFACTOR_DECAY  # 1 - b2_t; 1 at the first step
+    squares = grads.square().add_(hyper.eps**2)
+    if "exp_avg_sq" in states:
+        variance = _advance(states["exp_avg_sq"], squares, weight)
+        update = variance.rsqrt().mul_(grads)
+    else:
+        row = _advance(states["exp_avg_sq_row"], squares.mean(dim=-1), weight)
+        column = _advance(states["exp_avg_sq_col"], squares.mean(dim=-2), weight)
+        del squares
+        row_scale = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        update = grads * row_scale
+        update.mul_(column.rsqrt().unsqueeze(-2))
+    # flatten(1) of scalars [k] needs the second dim to be made first.
+    flat = update.view(update.shape[0], -1)
+    rms = torch.linalg.vector_norm(flat, dim=1, keepdim=True).div_(math.sqrt(flat.shape[1]))
+    flat.div_(rms.div_(ADAFACTOR_CLIP).clamp_(min=1.0))
+    return update
+
+
+def _advance(running: list[Tensor], fresh: Tensor, weight: float) -> Tensor:
+    """Move each running mean towards its row of `fresh` [k, ...]; returns them stacked."""
+    torch._foreach_lerp_(running, list(fresh.unbind(0)), weight)
+    return _stack(running)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape as [k, ...]; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """A row of the table: the function, and whether any slice of a tensor may be updated alone."""
+
+    apply_: Callable[..., list[Tensor]]
+    elementwise: bool
+
+
+RULES: dict[str, UpdateRule] = {
+    "adamw": UpdateRule(apply_=adamw_, elementwise=True),
+    "sgd": UpdateRule(apply_=sgd_, elementwise=True),
+    "momentum": UpdateRule(apply_=momentum_, elementwise=True),
+    "adafactor": UpdateRule(apply_=adafactor_, elementwise=False),
+    "lion": UpdateRule(apply_=lion_, elementwise=True),
+}
+"""Every rule; what each keeps is the table of the same keys in `spec/state.py`."""

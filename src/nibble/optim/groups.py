@@ -1,0 +1,151 @@
+"""Which parameter is updated how, by name and number of dims; the optimiser of a recipe.
+
+Rules are tried in order and the first that matches takes the parameter, so a special case stands
+before the general one; a parameter that none matches is an error and never silently left out. The
+default: biases and everything of one dim (norms, DoRA magnitudes) are not decayed, the rest is:
+decay pulls gains and offsets towards values that have no claim to be simpler.
+
+Costs nothing. It knows names and dims only, no module types.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nibble.errors import ConfigError
+from nibble.optim.optimizer import Optimizer
+from nibble.optim.schedules import Schedule, num_warmup_steps
+from nibble.spec.config import Optim
+from nibble.spec.state import optimizer_nbytes, rule_and_codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRule:
+    """Parameters whose name `pattern` is found in and that have at most `max_dims` dims.
+
+    `values` are param-group keys (weight_decay, lr, rule, codec, ...) that replace the optimiser's.
+    """
+
+    name: str
+    pattern: str
+    max_dims: int | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def matches(self, name: str, param: nn.Parameter) -> bool:
+        """Whether this rule takes the parameter, if none before it did."""
+        fits = self.max_dims is None or param.dim() <= self.max_dims
+        return fits and re.search(self.pattern, name) is not None
+
+
+DEFAULT_RULES = (
+    # By name as well: the biases of stacked experts have two dims.
+    GroupRule(name="biases", pattern=r"(^|[._])bias$", values={"weight_decay": 0.0}),
+    GroupRule(name="vectors", pattern=r"", max_dims=1, values={"weight_decay": 0.0}),
+    GroupRule(name="matrices", pattern=r""),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """What a report says of one group; bytes are of optimiser state."""
+
+    name: str
+    num_tensors: int
+    num_parameters: int
+    rule: str
+    codec: str
+    learning_rate: float
+    weight_decay: float
+    state_nbytes: int
+
+
+def group_parameters(
+    named: Iterable[tuple[str, nn.Parameter]], *, rules: Sequence[GroupRule] = DEFAULT_RULES
+) -> list[dict[str, Any]]:
+    """Param groups of the trainable parameters, in the order of the rules, empty ones left out.
+
+    Raises ConfigError for a parameter that no rule matches.
+    """
+    groups: dict[str, list[nn.Parameter]] = {rule.name: [] for rule in rules}
+    for name, param in named:
+        if not param.requires_grad:
+            continue
+        for rule in rules:
+            if rule.matches(name, param):
+                groups[rule.name].append(param)
+                break
+        else:
+            raise ConfigError(
+                f"no group rule matches the parameter {name}: end the rules with pattern ''"
+            )
+    return [
+        {"params": groups[rule.name], "name": rule.name, **rule.values}
+        for rule in rules
+        if groups[rule.name]
+    ]
+
+
+def build(
+    model: nn.Module, optim: Optim, *, total_steps: int, seed: int = 0
+) -> tuple[Optimizer, Schedule]:
+    """Optimiser and schedule for the trainable parameters of `model`.
+
+    `total_steps` counts updates; `seed` is of stochastic rounding, which bf16 weights always get.
+    Raises ConfigError if nothing is trainable or the warm-up is longer than the run.
+    """
+    groups = group_parameters(model.named_parameters())
+    if not groups:
+        raise ConfigError(
+            "the model has no trainable parameter: choose an adapter, or train an unquantised base"
+        )
+    rule, codec = rule_and_codec(optim)
+    optimizer = Optimizer(
+        groups,
+        lr=optim.learning_rate,
+        rule=rule,
+        codec=codec,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        stochastic_rounding=True,
+        seed=seed,
+    )
+    schedule = Schedule(
+        optimizer,
+        name=optim.schedule,
+        total_steps=total_steps,
+        warmup_steps=num_warmup_steps(
+            total_steps=total_steps,
+            warmup_steps=optim.warmup_steps,
+            warmup_ratio=optim.warmup_ratio,
+        ),
+        floor_ratio=optim.floor_ratio,
+    )
+    return optimizer, schedule
+
+
+def summarise(optimizer: Optimizer) -> list[GroupSummary]:
+    """One line for each group, for reports; the learning rate is the peak."""
+    return [
+        GroupSummary(
+            name=group.get("name", f"group {number}"),
+            num_tensors=len(group["params"]),
+            num_parameters=sum(param.numel() for param in group["params"]),
+            rule=group["rule"],
+            codec=group["codec"],
+            learning_rate=group.get("initial_lr", group["lr"]),
+            weight_decay=group["weight_decay"],
+            state_nbytes=optimizer_nbytes(
+                group["rule"],
+                codec=group["codec"],
+                shapes=[tuple(param.shape) for param in group["params"]],
+            ),
+        )
+        for number, group in enumerate(optimizer.param_groups)
+    ]

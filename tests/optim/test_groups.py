@@ -1,0 +1,95 @@
+"""Parameter groups, and the optimiser that a recipe means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nibble.errors import ConfigError
+from nibble.optim import GroupRule, build, group_parameters, summarise
+from nibble.spec.config import Optim, OptimizerName
+from nibble.spec.state import rule_and_codec
+
+
+class Model(nn.Module):
+    """A block with everything that groups look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 64)
+        self.norm = nn.LayerNorm(64)
+        self.proj = nn.Linear(64, 64)
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 8))  # experts' biases, stacked
+        self.frozen = nn.Linear(64, 64)
+        self.frozen.requires_grad_(False)
+
+
+def names_of(model: nn.Module, params: list[nn.Parameter]) -> set[str]:
+    ids = {id(param) for param in params}
+    return {name for name, param in model.named_parameters() if id(param) in ids}
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    model = Model()
+    optimizer, _ = build(model, Optim(weight_decay=0.1), total_steps=10)
+    decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decay == {"biases": 0.0, "vectors": 0.0, "matrices": 0.1}
+    found = {group["name"]: names_of(model, group["params"]) for group in optimizer.param_groups}
+    assert found == {
+        "biases": {"norm.bias", "proj.bias", "gate_up_proj_bias"},
+        "vectors": {"norm.weight"},
+        "matrices": {"embed.weight", "proj.weight"},
+    }
+
+
+def test_first_match_wins_and_no_match_is_an_error() -> None:
+    model = Model()
+    rules = (
+        GroupRule(name="slow", pattern=r"^embed\.", values={"lr": 1e-5, "codec": "fp32"}),
+        GroupRule(name="rest", pattern=""),
+        GroupRule(name="never", pattern="embed"),
+    )
+    groups = group_parameters(model.named_parameters(), rules=rules)
+    assert [group["name"] for group in groups] == ["slow", "rest"]
+    assert names_of(model, groups[0]["params"]) == {"embed.weight"}
+    assert groups[0]["lr"] == 1e-5
+    with pytest.raises(ConfigError, match="no group rule matches the parameter gate_up_proj_bias"):
+        group_parameters(model.named_parameters(), rules=rules[:1])
+
+
+@pytest.mark.parametrize("name", OptimizerName.__args__)
+def test_every_recipe_name_builds_trains_and_is_summarised(name: str) -> None:
+    model = Model()
+    optim = Optim(name=name, learning_rate=1e-2, warmup_steps=1, momentum=0.5)
+    optimizer, schedule = build(model, optim, total_steps=3)
+    assert schedule.get_last_lr() == [0.0] * 3
+    before = model.proj.weight.detach().clone()
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if param.requires_grad else None
+        optimizer.step()
+        schedule.step()
+    assert not torch.equal(model.proj.weight, before)
+    lines = summarise(optimizer)
+    assert {(line.rule, line.codec) for line in lines} == {rule_and_codec(optim)}
+    assert sum(line.num_parameters for line in lines) == sum(
+        param.numel() for param in model.parameters() if param.requires_grad
+    )
+    state = [value for state in optimizer.state.values() for value in state.values()]
+    assert sum(line.state_nbytes for line in lines) == sum(
+        value.nbytes for value in state if isinstance(value, torch.Tensor)
+    )
+    assert lines[-1].learning_rate == 1e-2
+
+
+def test_sgd_without_momentum_keeps_no_state() -> None:
+    optimizer, _ = build(Model(), Optim(name="sgd"), total_steps=3)
+    assert all(line.state_nbytes == 0 for line in summarise(optimizer))
+
+
+def test_nothing_to_train_and_too_long_a_warm_up() -> None:
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        build(Model().requires_grad_(False), Optim(), total_steps=3)
+    with pytest.raises(ConfigError, match="warm-up of 4 steps is longer than the run of 3"):
+        build(Model(), Optim(warmup_steps=4), total_steps=3)
