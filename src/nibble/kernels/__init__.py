@@ -12,6 +12,7 @@ when they are selected, because importing bitsandbytes takes seconds and Triton 
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
@@ -23,8 +24,7 @@ from nibble.spec.formats import FormatSpec
 
 Choice = Literal["auto", "eager", "triton", "bitsandbytes"]
 
-TRITON_FORMATS = ("nf4", "fp4", "int8", "hqq")
-TRITON_HQQ_BITS = (1, 2, 4, 8)
+TRITON_MODULES = {"nf4": "nf4", "fp4": "nf4", "int8": "int8", "hqq": "hqq", "ternary": "ternary"}
 BITSANDBYTES_FORMATS = ("nf4", "fp4")
 BITSANDBYTES_MIN_BLOCK = 32
 
@@ -42,7 +42,7 @@ def select(spec: FormatSpec, *, device: torch.device | str, choice: Choice = "au
     if choice == "eager":
         return unpack
     if choice == "triton":
-        _require_triton(spec, kind)
+        _require_triton(kind)
         return _triton_unpack(spec)
     _require_bitsandbytes(spec, kind)
     from nibble.kernels import bitsandbytes
@@ -68,14 +68,14 @@ def select_matmul(
         return eager
     if choice == "bitsandbytes":
         _require_bitsandbytes(spec, kind)
-    _require_triton(spec, kind)
+    _require_triton(kind)
     from nibble.kernels import int8
 
     return int8.matmul
 
 
 def _fastest(spec: FormatSpec, kind: str) -> Choice:
-    if kind == "cuda" and _triton_serves(spec) and _has("triton"):
+    if kind == "cuda" and _has("triton"):
         return "triton"
     if kind in ("cpu", "cuda") and _bitsandbytes_serves(spec) and _has("bitsandbytes"):
         return "bitsandbytes"
@@ -83,25 +83,12 @@ def _fastest(spec: FormatSpec, kind: str) -> Choice:
 
 
 def _triton_unpack(spec: FormatSpec) -> Unpack:
-    if spec.name == "int8":
-        from nibble.kernels import int8
-
-        return int8.unpack
-    if spec.name == "hqq":
-        from nibble.kernels import hqq
-
-        return hqq.unpack
-    from nibble.kernels import nf4
-
-    return nf4.unpack
+    module = import_module(f"nibble.kernels.{TRITON_MODULES[spec.name]}")
+    twin: Unpack = module.unpack
+    return twin
 
 
-def _require_triton(spec: FormatSpec, kind: str) -> None:
-    if not _triton_serves(spec):
-        raise ConfigError(
-            f"quant.kernels=triton does not serve {_words(spec)}; it serves nf4, fp4, "
-            "int8, and hqq at 1, 2, 4 or 8 bits: use kernels=auto"
-        )
+def _require_triton(kind: str) -> None:
     if not _has("triton"):
         raise ConfigError(
             "quant.kernels=triton, but triton is not installed; it comes with torch for CUDA on "
@@ -128,12 +115,6 @@ def _require_bitsandbytes(spec: FormatSpec, kind: str) -> None:
         raise PlacementError(
             f"quant.kernels=bitsandbytes runs on cpu and cuda, not {kind}; use kernels=eager"
         )
-
-
-def _triton_serves(spec: FormatSpec) -> bool:
-    if spec.name == "hqq" and spec.bits not in TRITON_HQQ_BITS:
-        return False
-    return spec.name in TRITON_FORMATS
 
 
 def _bitsandbytes_serves(spec: FormatSpec) -> bool:

@@ -9,12 +9,13 @@ padded with zeros to whole blocks; the padding is counted here.
       double   codes, scales [out, even(P/block)] uint8, scale_steps, scale_offsets [out, S] float32
     int8       codes [out, in] int8, scales [out, 1] float32
     hqq        codes [out, P bits/8] uint8, scales [out, P/block] bfloat16, zeros likewise float16
-    ternary    codes [out, even(in/5)] uint8, scales [out, 1] float32
+               (at 8 bits both float32)
+    ternary    codes [out, in/5 up to a multiple of 8] uint8, scales [out, 1] float32
 
 P is `in` rounded up to whole blocks and S = ceil(P/block/256). Rows of uint8 are kept even, so that
 a tensor may be viewed as 16-bit floats where a library shards only floats (int8 codes are as wide
 as the weight). Bits a weight for 4096 columns in blocks of 64: nf4 4.14, without double
-quantisation 4.5; int8 8.01; hqq bits + 0.5; ternary 1.61.
+quantisation 4.5; int8 8.01; hqq bits + 0.5 (8 bits: 9); ternary 1.62.
 
 This is the one source of sizes: the planner reads `nbytes`, and `numerics/formats.py` makes exactly
 these tensors. It costs nothing (integers only) and knows nothing of values: those are `numerics/`.
@@ -78,15 +79,15 @@ class FormatSpec:
         if self.name == "int8":
             return {"codes": _spec(out, in_features, "int8"), "scales": _spec(out, 1, "float32")}
         if self.name == "ternary":
-            num_bytes = _even(-(-in_features // TRITS_PER_BYTE))
+            num_bytes = -(-in_features // (8 * TRITS_PER_BYTE)) * 8
             return {"codes": _spec(out, num_bytes, "uint8"), "scales": _spec(out, 1, "float32")}
         codes = _spec(out, padded * self.bits // 8, "uint8")
         num_blocks = padded // self.block
         if self.name == "hqq":
             return {
                 "codes": codes,
-                "scales": _spec(out, num_blocks, "bfloat16"),
-                "zeros": _spec(out, num_blocks, "float16"),
+                "scales": _spec(out, num_blocks, "float32" if self.bits == 8 else "bfloat16"),
+                "zeros": _spec(out, num_blocks, "float32" if self.bits == 8 else "float16"),
             }
         if not self.double_quant:
             return {"codes": codes, "scales": _spec(out, num_blocks, "float32")}
