@@ -94,7 +94,8 @@ def flatten(
     """Dotted words of a nested mapping, down to the level where a word is known."""
     for key, value in mapping.items():
         word = f"{prefix}{key}"
-        known = word in schema.fields() or word in SOURCES or vocabulary.refusal(word)
+        inner = any(alias.startswith(f"{word}.") for alias in vocabulary.aliases)
+        known = word in schema.fields() or (vocabulary.refusal(word) and not inner)
         if isinstance(value, Mapping) and word == "train.profile":
             yield word, {}
             yield from flatten(value, vocabulary, f"{word}.")
