@@ -162,7 +162,7 @@ def packed_attention(
         return output
     if any(kwargs.get(word) is not None for word in ("softcap", "position_bias", "s_aux")):
         raise ValueError(
-        """[rows, heads, L, dim] -> [rows * L, heads, dim]; key heads repeat for their queries."""
+            "packed attention has no soft cap, position bias or sink: build it with eager attention"
         )
     rows, heads, length, _ = query.shape
     group = heads // key.shape[1]

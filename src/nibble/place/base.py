@@ -1,0 +1,137 @@
+"""What the floors above may ask of the devices that a run owns.
+
+A placement decides where tensors live and what one process adds to the others; the loop, the
+loaders and the checkpoints are written once against this contract and never ask which placement it
+is. Ranks, devices and streams are known here and nowhere else. One process on one device
+(`single.py`) makes most of it trivial, which is the point: the same twenty steps give the same loss
+on every placement.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nibble.data import Batch
+from nibble.errors import PlacementError
+from nibble.models import Built
+from nibble.nn.quant import PackedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Peaks since the last reset. `reserved_bytes` is what the device had to have; without a GPU
+    both are 0.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    host_bytes: int
+
+
+class Placement(Protocol):
+    """Where a run's tensors live."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this process computes on."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This process among `world`."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many processes share the run."""
+        ...
+
+    def arrange(self, built: Built, *, activation_checkpointing: str) -> nn.Module:
+        """Give the meta model storage where it will live; its weights are still to be loaded."""
+        ...
+
+    def load(self, model: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
+        """Fill what the checkpoint calls `name`, quantising on arrival."""
+        ...
+
+    def check_loaded(self, model: nn.Module, *, initialised: Iterable[Tensor]) -> None:
+        """Raise WeightError if a parameter was neither loaded nor `initialised` on purpose."""
+        ...
+
+    def batch(self, batch: Batch) -> Batch:
+        """The batch on this process's device."""
+        ...
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of one pass; gradients are complete after the last one of
+        a step.
+        """
+        ...
+
+    def clip_(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        ...
+
+    def memory(self) -> Memory:
+        """Peak memory of this process."""
+        ...
+
+    def reset_memory(self) -> None:
+        """Start a new peak."""
+        ...
+
+
+@contextmanager
+def out_of_memory_is_explained(advice: str) -> Iterator[None]:
+    """Turn an allocator's failure into one line with the plan's advice; done here alone."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PlacementError(f"out of GPU memory: {_allocation(str(error))}; {advice}") from None
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if (
+            isinstance(error, MemoryError)
+            or "not enough memory" in text
+            or "can't allocate" in text
+        ):
+            raise PlacementError(f"out of host memory: {_allocation(text)}; {advice}") from None
+        raise
+
+
+def _allocation(text: str) -> str:
+    """What an allocator's message says about sizes, without its settings and hints."""
+    asked = re.search(r"allocate ([\d.]+ [KMGT]?i?B|\d+ bytes)", text)
+    there = re.search(r"total capacity of ([\d.]+ [KMGT]iB)", text)
+    allowed = re.search(r"([\d.]+ [KMGT]iB) allowed", text)
+    said = f"{asked[1]} more were asked for" if asked else "an allocation failed"
+    if allowed or there:
+        said += (
+            f", {allowed[1]} are allowed"
+            if allowed
+            else f", the card has {there[1]}"
+            if there
+            else ""
+        )
+    return said
+
+
+def host_peak_bytes() -> int:
+    """The most memory this process has had resident. Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

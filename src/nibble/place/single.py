@@ -1,0 +1,190 @@
+"""One process, one device.
+
+Storage is made on the device at once, so that a weight goes from the checkpoint's memory map to
+where it stays with one tensor in between; packed formats are packed by the device that keeps them.
+A `vram` cap is enforced by the caching allocator: a plan that promises less than it needs fails in
+its first step and not in the fifth hour, and a large card can stand in for a small one. The CUDA
+context (some hundred MiB) lies outside of what an allocator can cap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from nibble.data import Batch
+from nibble.errors import PlacementError, WeightError
+from nibble.models import Built, materialise
+from nibble.nn.adapters import locate
+from nibble.nn.quant import PackedWeight, QuantLinear
+from nibble.optim import clip_grad_norm_
+from nibble.place.activations import checkpoint_
+from nibble.place.base import Memory, host_peak_bytes
+from nibble.spec.config import Place
+from nibble.spec.units import parse_bytes, show_bytes
+
+
+class Single:
+    """The placement of a run on one device."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, place: Place) -> None:
+        self.device = pick_device(place.device)
+        self._unfilled: dict[int, str] = {}
+        self._seen: set[str] = set()
+        if place.vram is not None:
+            cap_vram(self.device, parse_bytes(place.vram))
+
+    def arrange(self, built: Built, *, activation_checkpointing: str) -> nn.Module:
+        """Empty storage on the device for every parameter and buffer; blocks wrapped as asked."""
+        model = built.model
+        materialise(model, device=self.device)
+        blocks = [block for _, block in built.family.blocks(model)]
+        checkpoint_(blocks, policy=activation_checkpointing)
+        self._seen = set()
+        stored = set(model.state_dict(keep_vars=True))
+        buffers = ((n, b) for n, b in model.named_buffers() if n in stored)
+        # By identity: tied parameters are one tensor with two names.
+        self._unfilled = {id(t): name for name, t in (*model.named_parameters(), *buffers)}
+        return model
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
+        """Fill what the checkpoint calls `name`, packed by the device that keeps it.
+
+        Raises WeightError for a name that the model lacks or that came before, and for a shape that
+        does not fit.
+        """
+        if name in self._seen:
+            raise WeightError(f"{name} comes twice in the checkpoint: remove the copy")
+        self._seen.add(name)
+        try:
+            owner, leaf = locate(model, name)
+        except KeyError:
+            raise WeightError(f"{name} is in the checkpoint but not in the model") from None
+        if isinstance(owner, QuantLinear) and leaf == "weight":
+            owner.load_(value)
+            filled = list(owner.packed().values())
+        else:
+            filled = [self._copy(owner, leaf, name, value)]
+        for tensor in filled:
+            self._unfilled.pop(id(tensor), None)
+
+    def _copy(self, owner: nn.Module, leaf: str, name: str, value: Tensor | PackedWeight) -> Tensor:
+        own: dict[str, Tensor | None] = {**owner._buffers, **owner._parameters}
+        target = own.get(leaf)
+        if target is None:
+            raise WeightError(f"{name} is in the checkpoint but not in the model")
+        if isinstance(value, PackedWeight):
+            raise WeightError(
+                f"{name} is stored as {value.spec.name} but stays in 16 bit here: "
+                "set the quant section to the checkpoint's format and leave it out of quant.keep"
+            )
+        if target.shape != value.shape:
+            raise WeightError(
+                f"{name} has shape {list(value.shape)} in the checkpoint and {list(target.shape)} "
+                "in the model: config.json is of another model"
+            )
+        target.copy_(value)
+        return target
+
+    def check_loaded(self, model: nn.Module, *, initialised: Iterable[Tensor] = ()) -> None:
+        """Raise WeightError naming what was neither loaded nor `initialised` on purpose."""
+        done = {id(tensor) for tensor in initialised}
+        missing = [name for key, name in self._unfilled.items() if key not in done]
+        if missing:
+            more = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+            raise WeightError(
+                f"{missing[0]}{more} not in the checkpoint: it is incomplete or of another model"
+            )
+        self._unfilled = {}
+
+    def batch(self, batch: Batch) -> Batch:
+        """The batch on the device, copied without waiting."""
+        if self.device.type == "cpu":
+            return batch
+        moved = {
+            field.name: value.pin_memory().to(self.device, non_blocking=True)
+            for field in dataclasses.fields(batch)
+            if isinstance(value := getattr(batch, field.name), Tensor)
+        }
+        return dataclasses.replace(batch, **moved)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Nothing to hold back: gradients add up where they are."""
+        del last
+        return nullcontext()
+
+    def clip_(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Scale the gradients to a global norm of at most `max_norm`; returns the norm before,
+        fp32.
+        """
+        return clip_grad_norm_(parameters, max_norm=max_norm)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor: there is one process."""
+        return tensor
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def memory(self) -> Memory:
+        """Peaks of this process since the last reset (the host's since its start)."""
+        cuda = self.device.type == "cuda"
+        return Memory(
+            allocated_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            reserved_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else 0,
+            host_bytes=host_peak_bytes(),
+        )
+
+    def reset_memory(self) -> None:
+        """Give cached memory back and start a new peak."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def pick_device(word: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
+
+    Raises PlacementError for one that this machine does not have.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if word == "auto":
+        word = "cuda" if num_gpus else "cpu"
+    if word == "cpu":
+        return torch.device("cpu")
+    kind, _, index = word.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise PlacementError(f"place.device={word}: take auto, cpu, cuda or cuda:N")
+    if num_gpus == 0:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU answers"
+        raise PlacementError(f"place.device={word}, but {why}: use place.device=cpu or auto")
+    if int(index or 0) >= num_gpus:
+        raise PlacementError(
+            f"place.device={word}, but the last GPU is cuda:{num_gpus - 1}: take it or a lower one"
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+def cap_vram(device: torch.device, limit_bytes: int) -> None:
+    """Let the allocator refuse more than `limit_bytes` on a GPU; a CPU has no such cap and ignores
+    it.
+
+    Raises PlacementError if the card has less.
+    """
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit_bytes > total:
+        raise PlacementError(
+            f"place.vram={show_bytes(limit_bytes)}, but {device} has {show_bytes(total)}: "
+            "lower place.vram or leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(limit_bytes / total, device)

@@ -1,0 +1,240 @@
+"""The loop. One, for every format, adapter, optimiser and placement.
+
+    loss of a step = sum over all targets of all its micro-batches / number of those targets
+
+so every target weighs the same and k micro-batches give the gradient of one large batch, however
+unevenly the targets lie. Each micro-batch's sum is divided by the step's count before backward:
+nothing is rescaled afterwards.
+
+A step: forward and backward of each micro-batch, un-scale (fp16), clip, update, learning rate.
+Around it: held-out loss before the first step, every `eval_every` and after the last; a checkpoint
+every `save_every`, at the end and when interrupted. The host reads from the device once a logged
+step (fp16 once a step, to know whether to skip it). A loss or gradient that is not finite ends the
+run before anything is saved, so the last checkpoint on the disk is a good one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nibble.data import Batch
+from nibble.errors import TrainingError
+from nibble.place.base import Placement
+from nibble.train.checkpoint import Checkpoints, all_finite
+from nibble.train.interrupt import Interrupt
+from nibble.train.metrics import Meter, StepResult
+from nibble.train.objective import Objective
+from nibble.train.profile import Profiler
+from nibble.train.report import Report
+from nibble.train.state import TrainState
+
+MIN_LOSS_SCALE = 1.0
+Evaluate = Callable[[Callable[[], bool]], float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The numbers of a loop; None turns a thing off. `autocast`: the type to compute in when
+    weights are wider.
+    """
+
+    max_steps: int
+    steps_per_epoch: float
+    max_grad_norm: float | None = 1.0
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 1
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a loop ended. Held-out losses are those before the first and after the last step of this
+    process.
+    """
+
+    step: int
+    interrupted: bool
+    checkpoint: Path | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    last_loss: float | None
+
+
+def loop(
+    state: TrainState,
+    *,
+    place: Placement,
+    objective: Objective,
+    settings: Settings,
+    report: Report,
+    checkpoints: Checkpoints,
+    evaluate: Evaluate | None = None,
+    profiler: Profiler | None = None,
+) -> Outcome:
+    """Train until `max_steps`, or until interrupted; the state is saved either way.
+
+    `evaluate(stop)` gives the held-out loss, or None if `stop` told it to leave. Raises
+    TrainingError at a loss or gradient that is not finite, CheckpointError when a checkpoint cannot
+    be written.
+    """
+    with Interrupt() as interrupt, profiler or Profiler.off() as profile:
+        run = _Run(state, place, objective, settings, report, checkpoints, evaluate, interrupt)
+        before = run.evaluate_now() if state.step == 0 else None
+        after, path = before, checkpoints.latest()
+        state.model.train()
+        steps = iter(state.loader)
+        while state.step < settings.max_steps and not interrupt.requested:
+            profile.before(state.step + 1)
+            run.meter.start()
+            run.meter.stop(run.step(next(steps)))
+            profile.after(state.step)
+            last = state.step == settings.max_steps
+            if last or state.step % settings.log_every == 0:
+                run.log()
+            if last or _due(state.step, settings.eval_every):
+                after = run.evaluate_now()
+            if last or _due(state.step, settings.save_every):
+                path = run.save()
+        if interrupt.requested and state.step > 0:
+            path = run.save()
+        run.log()
+    return Outcome(
+        step=state.step,
+        interrupted=interrupt.requested and state.step < settings.max_steps,
+        checkpoint=path,
+        eval_loss_before=before,
+        eval_loss_after=after,
+        last_loss=run.last_loss,
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@dataclass
+class _Run:
+    """The parts of one call of `loop`, so that its steps need no arguments."""
+
+    state: TrainState
+    place: Placement
+    objective: Objective
+    settings: Settings
+    report: Report
+    checkpoints: Checkpoints
+    evaluate: Evaluate | None
+    interrupt: Interrupt
+    last_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.place)
+        self.parameters = list(self.state.trained().values())
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        """One update from the micro-batches of a step."""
+        state, scaler = self.state, self.state.scaler
+        num_targets = sum(batch.num_targets for batch in batches)
+        if self.place.world > 1:
+            total = torch.tensor(num_targets, device=self.place.device)
+            num_targets = int(self.place.sum(total))
+        loss = torch.zeros((), device=self.place.device)
+        scale = scaler.scale
+        for index, batch in enumerate(batches):
+            with self.place.micro_batch(last=index == len(batches) - 1):
+                with self._autocast():
+                    part = self.objective(state.model, self.place.batch(batch)) / max(
+                        num_targets, 1
+                    )
+                (part * scale).backward()
+            loss += part.detach()
+        if scaler.enabled:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_mul_(grads, 1.0 / scale)
+        norm = self.place.clip_(self.parameters, self.settings.max_grad_norm)
+        rate = state.schedule.get_last_lr()[0]
+        skipped = scaler.enabled and not math.isfinite(float(norm))
+        if not skipped:
+            state.optimizer.step()
+            state.schedule.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        scaler.update(finite=not skipped)
+        state.step += 1
+        num_tokens = sum(_num_tokens(batch) for batch in batches)
+        state.num_tokens += num_tokens
+        if skipped and scaler.scale < MIN_LOSS_SCALE:
+            raise self._not_finite(
+                f"gradients of step {state.step} overflow fp16 at any loss scale"
+            )
+        return StepResult(
+            step=state.step,
+            epoch=state.step / self.settings.steps_per_epoch,
+            loss=self.place.sum(loss),
+            grad_norm=norm,
+            learning_rate=rate,
+            num_targets=num_targets,
+            num_tokens=num_tokens,
+            loss_scale=scale if scaler.enabled else None,
+            skipped=skipped,
+        )
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.settings.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.place.device.type, self.settings.autocast)
+
+    def log(self) -> None:
+        """Read the steps since the last time and report them."""
+        try:
+            read = self.meter.read()
+        except TrainingError as error:
+            raise self._not_finite(str(error)) from None
+        for metrics in read:
+            self.last_loss = metrics["loss"]
+            self.report.metrics(metrics)
+
+    def evaluate_now(self) -> float | None:
+        """Report and return the held-out loss; None without held-out data or when interrupted."""
+        if self.evaluate is None:
+            return None
+        self.log()
+        with self._autocast(), self.report.phase("held-out loss"):
+            loss = self.evaluate(lambda: self.interrupt.requested)
+        if loss is None:
+            return None
+        if not math.isfinite(loss):
+            raise self._not_finite(f"held-out loss at step {self.state.step} is {loss}")
+        self.report.metrics({"step": self.state.step, "eval_loss": loss})
+        return loss
+
+    def save(self) -> Path:
+        """Write a checkpoint of a state that is known to be finite."""
+        self.log()
+        bad = all_finite(self.state.trained())
+        if bad is not None:
+            raise self._not_finite(f"after step {self.state.step} the weight {bad} is not finite")
+        self.place.barrier()
+        with self.report.phase("checkpoint"):
+            return self.checkpoints.save(self.state)
+
+    def _not_finite(self, what: str) -> TrainingError:
+        last = self.checkpoints.latest()
+        kept = (
+            "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        )
+        return TrainingError(
+            f"{what}: {kept}; lower optim.learning_rate, or use train.precision=bf16 or fp32"
+        )
+
+
+def _num_tokens(batch: Batch) -> int:
+    """Tokens that are not padding; masks are on the host here."""
+    if batch.attention_mask is None:
+        return int(batch.input_ids.numel())
+    return int(batch.attention_mask.sum())
