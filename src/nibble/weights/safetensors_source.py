@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000
+PAGES_FROM_BYTES = 2**20
 INDEX_NAME = "model.safetensors.index.json"
 SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -95,7 +97,7 @@ class SafetensorsSource:
 
 def read_tensor(extent: Extent) -> Tensor:
     """The tensor at an extent; WeightError when the file has become shorter since it was opened."""
-    buffer = torch.empty(extent.num_bytes, dtype=torch.uint8)
+    buffer = _buffer(extent.num_bytes)
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
     with extent.file.open("rb", buffering=0) as file:
         file.seek(extent.offset)
@@ -108,6 +110,17 @@ def read_tensor(extent: Extent) -> Tensor:
     if extent.entry.dtype == torch.uint8:
         return buffer.reshape(extent.entry.shape)
     return buffer.view(extent.entry.dtype).reshape(extent.entry.shape)
+
+
+def _buffer(num_bytes: int) -> Tensor:
+    """Uninitialised bytes; large ones in pages of their own, which go back to the kernel at once.
+
+    glibc's heap keeps up to 64 MiB of what was freed, and a tensor that is read between two others
+    can pin far more.
+    """
+    if num_bytes < PAGES_FROM_BYTES:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def read_header(file: Path) -> dict[str, Extent]:
