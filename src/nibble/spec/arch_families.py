@@ -139,6 +139,7 @@ def phi3(config: dict[str, Any]) -> Layout:
         w.linear("lm_head", z.vocab, h, kind="head")
     style = BlockStyle(
         projection="fused_rotated",
+        copied_output=True,
         gate_fused=True,
         dropout=c.rate("resid_pdrop"),
         attention_dropout=c.rate("attention_dropout"),
@@ -183,6 +184,7 @@ def phi(config: dict[str, Any]) -> Layout:
         norm="layer",
         norms=1,
         shared_norm=True,
+        copied_output=True,
         gated=False,
         qk_norm=c.flag("qk_layernorm", False),
         activation_copies=c.activation("hidden_act", default="gelu_new"),
@@ -201,7 +203,7 @@ def phi(config: dict[str, Any]) -> Layout:
 def gpt_neox(config: dict[str, Any]) -> Layout:
     """GPT-NeoX and Pythia."""
     c, w = ConfigReader(config), Rows()
-    z = c.sizes()
+    z = c.sizes(grouped=False)
     h = z.hidden
     ffn = z.ffn
     bias = c.flag("attention_bias", True)
@@ -223,6 +225,7 @@ def gpt_neox(config: dict[str, Any]) -> Layout:
         shared_norm_input=c.flag("use_parallel_residual", True),
         gated=False,
         projection="fused_rotated",
+        copied_output=True,
         activation_copies=c.activation("hidden_act", default="gelu"),
         dropout=c.rate("hidden_dropout"),
         attention_dropout=c.rate("attention_dropout"),
@@ -239,7 +242,7 @@ def gpt_neox(config: dict[str, Any]) -> Layout:
 def bloom(config: dict[str, Any]) -> Layout:
     """BLOOM: ALiBi, a norm behind the embedding, attention without a fused kernel."""
     c, w = ConfigReader(config), Rows()
-    z = c.sizes(ffn=None)
+    z = c.sizes(ffn=None, grouped=False)
     h, ffn = z.hidden, z.ffn
     w.add("transformer.word_embeddings.weight", (z.vocab, h), "embedding")
     w.norm("transformer.word_embeddings_layernorm", h, bias=True)
@@ -275,7 +278,7 @@ def bloom(config: dict[str, Any]) -> Layout:
 def gpt2(config: dict[str, Any]) -> Layout:
     """GPT-2: its linears (Conv1D) are stored (in, out)."""
     c, w = ConfigReader(config), Rows()
-    z = c.sizes(ffn="n_inner", positions=1024)
+    z = c.sizes(ffn="n_inner", positions=1024, grouped=False)
     h, ffn = z.hidden, z.ffn
     w.add("transformer.wte.weight", (z.vocab, h), "embedding")
     w.add("transformer.wpe.weight", (z.max_positions, h), "embedding")
@@ -310,7 +313,7 @@ def gpt2(config: dict[str, Any]) -> Layout:
 
 def _bert_like(config: dict[str, Any], body: str) -> Layout:
     c, w = ConfigReader(config), Rows()
-    z = c.sizes(positions=512)
+    z = c.sizes(positions=512, grouped=False)
     h = z.hidden
     ffn = z.ffn
     w.add(f"{body}.embeddings.word_embeddings.weight", (z.vocab, h), "embedding")

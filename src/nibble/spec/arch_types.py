@@ -82,6 +82,8 @@ class BlockStyle:
     scores: Scores = "fused"
     gated: bool = True
     gate_fused: bool = False
+    copied_output: bool = False
+    """The attention's output is copied for the next linear (rotations made by concatenation)."""
     activation_copies: int = 1
     """Tensors of the MLP's width that the activation function keeps: 1; gelu_new keeps 4."""
     dropout: float = 0.0
@@ -146,15 +148,16 @@ class ConfigReader:
         head_dim: int | None = None,
         ffn: str | None = "intermediate_size",
         positions: int = 2048,
+        grouped: bool = True,
     ) -> Sizes:
         """The common numbers under all their names.
 
-        `ffn` is the key of the MLP's width (None: four times the hidden size); the others are
-        defaults of absent keys.
+        `ffn` is the key of the MLP's width (None: four times the hidden size), `grouped` whether
+        the family reads key heads and head dim at all; the others are defaults of absent keys.
         """
         hidden = self.number("hidden_size", "n_embd", "n_embed")
         heads = self.number("num_attention_heads", "n_head")
-        width = 4 * hidden
+        width, dim = 4 * hidden, head_dim or hidden // heads
         if ffn is not None:
             width = self.number(ffn, default=width if ffn == "n_inner" else None)
         if kv_heads is None or "num_key_value_heads" in self.config:
@@ -165,8 +168,8 @@ class ConfigReader:
             hidden=hidden,
             num_layers=self.number("num_hidden_layers", "n_layer"),
             num_heads=heads,
-            num_kv_heads=self.number("num_key_value_heads", default=kv_heads),
-            head_dim=self.number("head_dim", default=head_dim or hidden // heads),
+            num_kv_heads=self.number("num_key_value_heads", default=kv_heads) if grouped else heads,
+            head_dim=self.number("head_dim", default=dim) if grouped else dim,
             ffn=width,
             vocab=self.number("vocab_size"),
             max_positions=self.number(

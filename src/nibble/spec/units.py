@@ -1,6 +1,6 @@
 """Sizes as people write them: 24GiB and 23.5GB to bytes, and back.
 
-Bytes in code, GiB in text. GiB, MiB and KiB count in 1024, GB, MB and KB in 1000; a bare G means GiB,
+Bytes in code, GiB in text. GiB, MiB and KiB count in 1024, GB, MB and KB in 1000; a bare G is GiB,
 as drivers and containers use it. Nothing else is parsed here.
 """
 

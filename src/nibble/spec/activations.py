@@ -1,0 +1,240 @@
+"""Bytes that a forward pass keeps for backward, tensor by tensor, for transformers' own blocks.
+
+Idea. Autograd keeps what each operation's derivative needs, and nothing else; so the bytes follow
+from the list of operations. T tokens in rows of S, hidden width h, MLP width f, H heads of d, K key
+heads, e bytes a number (2 in bf16). A block keeps
+
+    rms norm      4 h T + 4 T        its input in fp32 and one scale a token      (twice or more)
+                  e h T more         the normalised input, when its weight is trained
+    layer norm    e h T + 8 T        its input, mean and inverse deviation
+    attention     e d T (2 H + 2 K) + 4 H T   query, key, value, output, log-sum-exp (fused kernel);
+                  packed rows repeat key and value for each head: K becomes H
+      eager       (4 + e) H S T      the softmax in fp32 and its copy (BLOOM; Gemma 2 also tanh)
+    MLP gated     3 e f T            gate, activation, up
+    MLP plain     e f T              input of the activation (gelu_new: 4 e f T)
+    linears       e (in) T           their input where the weight is trained or adapted, once for
+                                     all linears that read it; packed and frozen linears keep none
+    LoRA          e r T, and e r (in + out) once: A x and the copies of A and B in type e;
+                  with dropout its own input and a mask of a byte: (e + 1) (in) T
+    DoRA          e (out) T more
+    dropout       h T                a byte an element
+
+Checkpointing keeps e h T a block, and one block's list again while it is recomputed. Each term is
+compared with what `saved_tensors_hooks` counts on real models in tests/spec/test_plan.py. Not here:
+tensors alive only inside an operation (`workspace_bytes` bounds those), allocator rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from nibble.spec.arch import Architecture
+from nibble.spec.arch_types import Parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One pass: its tokens, and what of the model is trained.
+
+    `element`: bytes of the compute type. `everything`: the base itself is trained;
+    `trained_blocks`: only these blocks of it. `adapted`: modules with a low-rank update of `rank`;
+    `cast`: it is stored in another type than it computes in. `packed_rows`: several documents in a
+    row.
+    """
+
+    tokens: int
+    row_length: int
+    element: int
+    everything: bool = False
+    trained_blocks: frozenset[int] = frozenset()
+    embedding_trained: bool = False
+    adapted: frozenset[str] = frozenset()
+    rank: int = 0
+    dora: bool = False
+    adapter_dropout: float = 0.0
+    cast: bool = True
+    packed_rows: bool = False
+
+
+def kept_by_blocks(shape: Architecture, work: Work) -> list[dict[str, int]]:
+    """What each block keeps without checkpointing, by name of the tensor."""
+    return [kept_by_block(shape, work, block=index) for index in range(shape.sizes.num_layers)]
+
+
+def kept_by_block(shape: Architecture, work: Work, *, block: int) -> dict[str, int]:
+    """What block number `block` keeps, by name of the tensor, in bytes."""
+    if block in work.trained_blocks:
+        work = replace(work, everything=True)
+    linears = [p for p in shape.parameters if p.block == block and p.kind == "linear"]
+    kept: dict[str, int] = {}
+    _add(kept, _norms(shape, work, is_first=block == 0))
+    _add(kept, _attention(shape, work))
+    _add(kept, _experts(shape, work) if shape.num_experts else _mlp(shape, work))
+    _add(kept, _inputs(shape, work, linears))
+    _add(kept, _low_rank(work, linears))
+    if shape.style.dropout:
+        kept["dropout masks"] = 2 * work.tokens * shape.sizes.hidden
+    return kept
+
+
+def kept_outside(shape: Architecture, work: Work) -> dict[str, int]:
+    """What is kept once a pass: rotary angles, the last norm, rows of the loss and gradients."""
+    tokens, hidden, e = work.tokens, shape.sizes.hidden, work.element
+    kept = {"rotary angles": 2 * e * tokens * shape.sizes.head_dim, "ids": 24 * tokens}
+    if not shape.style.post_norm:
+        kept["last norm"] = _norm(shape, work, hidden)
+    if shape.embedding_norm and (work.everything or work.embedding_trained):
+        kept["embedding norm"] = _norm(shape, work, hidden)
+    kept["rows of the loss and their gradient"] = 2 * e * tokens * hidden
+    return kept
+
+
+def checkpointed_bytes(shape: Architecture, work: Work) -> int:
+    """What the blocks keep with full checkpointing: each one's input."""
+    return shape.sizes.num_layers * work.element * work.tokens * shape.sizes.hidden
+
+
+def workspace_bytes(shape: Architecture, work: Work) -> int:
+    """The most that one operation of a block's backward holds beside what is kept.
+
+    Gradients of the MLP's inner tensors, the fp32 steps of a norm, or eager scores and gradients.
+    """
+    sizes, tokens, e = shape.sizes, work.tokens, work.element
+    width = sizes.ffn * max(shape.experts_per_token, 1)
+    mlp = (3 if shape.style.gated else 2) * e * width * tokens
+    norm = 3 * 4 * sizes.hidden * tokens
+    attention = 4 * e * sizes.num_heads * sizes.head_dim * tokens
+    if shape.style.scores != "fused":
+        attention = (8 + e) * sizes.num_heads * work.row_length * tokens
+    return max(mlp, norm, attention) + 2 * e * sizes.hidden * tokens
+
+
+def forward_bytes(shape: Architecture, work: Work) -> int:
+    """The most that a block's forward holds without a graph, for evaluation."""
+    sizes, tokens, e = shape.sizes, work.tokens, work.element
+    mlp = (3 if shape.style.gated else 2) * e * sizes.ffn * max(shape.experts_per_token, 1) * tokens
+    attention = e * sizes.head_dim * (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * tokens
+    if shape.style.scores != "fused":
+        attention += (4 + e) * sizes.num_heads * work.row_length * tokens
+    return max(mlp, attention, 2 * 4 * sizes.hidden * tokens) + 2 * e * sizes.hidden * tokens
+
+
+def role(parameter: Parameter) -> str:
+    """Which tensor a linear of a block reads: the input or output of attention or MLP."""
+    parts = parameter.module.split(".")
+    leaf, path = parts[-1], ".".join(parts[-3:])
+    if "attn" in path or "attention" in path:
+        is_last = leaf in ("o_proj", "out_proj", "dense", "c_proj", "attn_output")
+        return "attention output" if is_last else "attention input"
+    is_last = leaf in ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "ffn_down", "w2")
+    return "MLP output" if is_last or path.endswith(".output.dense") else "MLP input"
+
+
+def _add(kept: dict[str, int], more: dict[str, int]) -> None:
+    for name, nbytes in more.items():
+        if nbytes:
+            kept[name] = kept.get(name, 0) + nbytes
+
+
+def _norm(shape: Architecture, work: Work, width: int, *, rows: int = 1) -> int:
+    """One norm over `rows` vectors of `width` for each token."""
+    size, kind = work.tokens * width * rows, shape.style.norm
+    if kind == "layer":
+        return work.element * size + 8 * work.tokens * rows
+    kept = 4 * size + 4 * work.tokens * rows
+    if kind == "rms_fp32":
+        kept += 4 * width
+    if work.everything:
+        kept += size * (4 if kind == "rms_fp32" else work.element)
+    return kept
+
+
+def _norms(shape: Architecture, work: Work, *, is_first: bool) -> dict[str, int]:
+    style, sizes = shape.style, shape.sizes
+    one = _norm(shape, work, sizes.hidden)
+    total = style.norms * one
+    if style.shared_norm_input:
+        total -= work.element * work.tokens * sizes.hidden
+    if is_first and not style.post_norm and not work.everything and not work.embedding_trained:
+        # Nothing before the first adapter needs a gradient, so its norms keep nothing.
+        total = 0 if style.shared_norm_input else total - one
+    kept = {"norms": total}
+    if style.qk_norm:
+        kept["query and key norms"] = _norm(
+            shape, work, sizes.head_dim, rows=sizes.num_heads
+        ) + _norm(shape, work, sizes.head_dim, rows=sizes.num_kv_heads)
+    return kept
+
+
+def _attention(shape: Architecture, work: Work) -> dict[str, int]:
+    sizes, style, tokens, e = shape.sizes, shape.style, work.tokens, work.element
+    one = e * tokens * sizes.head_dim
+    query = one * sizes.num_heads
+    key = one * (sizes.num_heads if work.packed_rows else sizes.num_kv_heads)
+    kept = {"query": query, "key": key, "value": key}
+    if style.scores == "fused":
+        if style.projection == "fused_rotated" and not work.packed_rows:
+            kept["value"] = query + 2 * key  # a view keeps the whole projection alive
+        kept["attention"] = query + 4 * sizes.num_heads * tokens
+        return kept
+    scores = sizes.num_heads * work.row_length * tokens
+    kept["key"] = kept["value"] = query
+    kept["scores"] = 4 * scores + (e * scores if e != 4 else 0)
+    if style.scores == "softcap":
+        kept["scores"] += e * scores
+    if style.attention_dropout:
+        kept["scores"] += (1 + e) * scores
+    return kept
+
+
+def _mlp(shape: Architecture, work: Work) -> dict[str, int]:
+    wide = work.element * work.tokens * shape.sizes.ffn
+    if not shape.style.gated:
+        return {"MLP": shape.style.activation_copies * wide}
+    return {"MLP": (2 + shape.style.activation_copies) * wide}
+
+
+def _experts(shape: Architecture, work: Work) -> dict[str, int]:
+    """A mixture: every token visits k experts; its copies are grouped by expert."""
+    sizes, tokens, e, k = shape.sizes, work.tokens, work.element, shape.experts_per_token
+    copies = tokens * k
+    kept = {
+        "router": tokens * (4 * shape.num_experts + 4) + copies * (8 + 4 + 8 + 8 + 8 + 4),
+        "experts": e * copies * (3 * sizes.ffn + sizes.hidden),
+    }
+    if work.everything:
+        kept["experts"] += e * copies * (sizes.hidden + sizes.ffn)
+    return kept
+
+
+def _inputs(shape: Architecture, work: Work, linears: Iterable[Parameter]) -> dict[str, int]:
+    """Inputs of linears that are trained or adapted, once for all that read the same tensor."""
+    widths: dict[str, int] = {}
+    for linear in linears:
+        drops = linear.module in work.adapted and work.adapter_dropout > 0
+        if work.everything or (linear.module in work.adapted and not drops):
+            widths[role(linear)] = linear.matrix[1]
+    if work.everything and shape.num_experts:
+        widths["MLP input"] = shape.sizes.hidden  # the router's
+    if shape.style.scores == "fused" and (work.packed_rows or not shape.style.copied_output):
+        widths.pop("attention output", None)  # the kernel keeps it already
+    if shape.style.shared_norm and len({"attention input", "MLP input"} & set(widths)) == 2:
+        widths.pop("MLP input")
+    return {f"input of {name}": work.element * work.tokens * w for name, w in widths.items()}
+
+
+def _low_rank(work: Work, linears: Iterable[Parameter]) -> dict[str, int]:
+    kept = {"low-rank": 0, "low-rank copies": 0, "dropped inputs": 0, "DoRA outputs": 0}
+    for linear in linears:
+        if linear.module not in work.adapted:
+            continue
+        out, inside = linear.matrix
+        kept["low-rank"] += work.element * work.tokens * work.rank
+        if work.cast:
+            kept["low-rank copies"] += work.element * work.rank * (inside + out)
+        if work.adapter_dropout:
+            kept["dropped inputs"] += (work.element + 1) * work.tokens * inside
+        if work.dora:
+            kept["DoRA outputs"] += work.element * work.tokens * out
+    return kept

@@ -1,0 +1,243 @@
+"""Every tensor that a run holds for its model: packed, 16-bit and trained, in bytes, exactly.
+
+Idea. Shapes come from `arch.py`, packed sizes from `formats.py`, optimiser state from `state.py`:
+the tables that allocate are the tables that price. Which linears are packed, adapted or trained in
+full follows the recipe by the same rules as `nn/quant.py` and `nn/adapters.py` (a test compares):
+heads and embeddings are never packed, classification heads are always trained, `all-linear` is
+every linear but the heads.
+
+    LoRA adds rank (in + out) weights to a linear, DoRA a magnitude of out more.
+
+It prices what exists between steps; activations and workspaces are `activations.py` and `plan.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+from nibble.errors import ConfigError
+from nibble.spec.arch import Architecture
+from nibble.spec.arch_types import Parameter
+from nibble.spec.config import Adapter, Recipe
+from nibble.spec.formats import DTYPE_BYTES, FormatSpec, TensorSpec, format_spec
+from nibble.spec.state import optimizer_nbytes, rule_and_codec
+
+COMPUTE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """Bytes and counts of a run's weights. `trained` holds the tensors that get gradients.
+
+    `adapted`: module names with a low-rank update. `largest_packed`: weights of the largest packed
+    matrix (0 without packing). `largest_tensor`: weights of the largest tensor of the checkpoint.
+    """
+
+    architecture: Architecture
+    """With the blocks that an expansion adds."""
+    spec: FormatSpec | None
+    base_codes_bytes: int
+    base_scales_bytes: int
+    base_weights_bytes: int
+    trained: tuple[TensorSpec, ...]
+    optimizer_bytes: int
+    num_trainable: int
+    num_total: int
+    num_packed: int
+    trained_blocks: frozenset[int]
+    adapted: frozenset[str]
+    num_adapter: int
+    largest_packed: int
+    largest_tensor: int
+    embedding_trained: bool
+    head_trained: bool
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the trained tensors; their gradients take as much."""
+        return sum(tensor.nbytes for tensor in self.trained)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of everything frozen."""
+        return self.base_codes_bytes + self.base_scales_bytes + self.base_weights_bytes
+
+
+def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
+    """Price the weights of a run.
+
+    Raises ConfigError for a format, target or module name that this model has no use for.
+    """
+    adapter, spec = recipe.adapter, format_spec(recipe.quant)
+    compute = COMPUTE_DTYPE[recipe.train.precision]
+    if adapter.kind == "none" and spec is not None:
+        raise ConfigError(
+            f"adapter.kind=none trains the base itself, which quant.format={spec.name} freezes; "
+            "use adapter.kind=lora or quant.format=none"
+        )
+    added = _added_blocks(adapter, architecture)
+    model = _expanded(architecture, added)
+    packed = _packed(recipe, architecture, spec)
+    saved = [*adapter.modules_to_save] if adapter.kind != "none" else []
+    adapted = _adapted(adapter, architecture, saved)
+    codes = scales = weights = 0
+    trained: list[TensorSpec] = []
+    names_trained: set[str] = set()
+    for parameter in model.parameters:
+        dtype = _trained_dtype(recipe, parameter, saved, added)
+        if dtype is not None:
+            trained.append(TensorSpec(shape=parameter.shape, dtype=dtype))
+            names_trained.add(parameter.kind)
+        elif parameter.name in packed and spec is not None:
+            tensors = spec.tensors(parameter.matrix)
+            codes += tensors["codes"].nbytes
+            scales += spec.nbytes(parameter.matrix) - tensors["codes"].nbytes
+        else:
+            weights += parameter.size * DTYPE_BYTES[compute]
+    low_rank = list(_adapter_tensors(recipe, architecture, adapted))
+    trained += low_rank
+    rule, codec = rule_and_codec(recipe.optim)
+    sizes = [p.size for p in architecture.parameters]
+    num_adapter = sum(prod(tensor.shape) for tensor in low_rank)
+    return Inventory(
+        architecture=model,
+        spec=spec,
+        base_codes_bytes=codes,
+        base_scales_bytes=scales,
+        base_weights_bytes=weights,
+        trained=tuple(trained),
+        optimizer_bytes=optimizer_nbytes(rule, codec=codec, shapes=[t.shape for t in trained]),
+        num_trainable=sum(prod(tensor.shape) for tensor in trained),
+        num_total=model.num_parameters + num_adapter,
+        num_packed=sum(p.size for p in model.parameters if p.name in packed),
+        trained_blocks=added,
+        adapted=frozenset(adapted),
+        num_adapter=num_adapter,
+        largest_packed=max(
+            (p.size for p in architecture.parameters if p.name in packed), default=0
+        ),
+        largest_tensor=max(sizes, default=0),
+        embedding_trained="embedding" in names_trained,
+        head_trained="head" in names_trained or (model.tied and "embedding" in names_trained),
+    )
+
+
+def meets(pattern: str, name: str) -> bool:
+    """Whether a recipe's word means the module `name`: all of it, its last parts, or by regex.
+
+    Raises ConfigError for a word that is neither a name nor a regular expression.
+    """
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(
+            f"{pattern!r} is neither a module name nor a regular expression ({error})"
+        ) from None
+
+
+def covers(patterns: Iterable[str], name: str) -> bool:
+    """Whether any pattern means `name` or a module that contains it."""
+    parts = name.split(".")
+    lineage = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return any(meets(pattern, part) for pattern in patterns for part in lineage)
+
+
+def _added_blocks(adapter: Adapter, architecture: Architecture) -> frozenset[int]:
+    if adapter.kind != "expand":
+        return frozenset()
+    first = architecture.sizes.num_layers
+    return frozenset(range(first, first + adapter.num_new_blocks))
+
+
+def _expanded(architecture: Architecture, added: frozenset[int]) -> Architecture:
+    """The architecture with copies of its first block; all blocks are alike in shape."""
+    if not added:
+        return architecture
+    template = [p for p in architecture.parameters if p.block == 0]
+    copies = [
+        replace(p, name=p.name.replace(".0.", f".{index}.", 1), block=index)
+        for index in sorted(added)
+        for p in template
+    ]
+    sizes = replace(architecture.sizes, num_layers=architecture.sizes.num_layers + len(added))
+    return replace(architecture, parameters=(*architecture.parameters, *copies), sizes=sizes)
+
+
+def _packed(recipe: Recipe, architecture: Architecture, spec: FormatSpec | None) -> set[str]:
+    """Names of the weights that the format stores."""
+    if spec is None:
+        return set()
+    keep = recipe.quant.keep
+    loose = [p for p in architecture.parameters if p.kind == "expert" and not covers(keep, p.name)]
+    if loose:
+        raise ConfigError(
+            f"{loose[0].name} and {len(loose) - 1} others are stacks of experts, which "
+            f"{spec.name} cannot store; keep them in 16 bit with quant.keep=[experts]"
+        )
+    linears = [p for p in architecture.parameters if p.kind == "linear"]
+    found = {p.name for p in linears if not covers(keep, p.module)}
+    if not found:
+        raise ConfigError(
+            f"quant.format={spec.name} finds no linear to store among {len(linears)}; "
+            "use quant.format=none or keep fewer"
+        )
+    return found
+
+
+def _adapted(adapter: Adapter, architecture: Architecture, saved: list[str]) -> set[str]:
+    """Module names that get a low-rank update."""
+    if adapter.kind not in ("lora", "dora"):
+        return set()
+    rows = [p for p in architecture.parameters if p.kind in ("linear", "head", "classifier")]
+    rows = [p for p in rows if not p.name.endswith("bias")]
+    found: set[str] = set()
+    for target in adapter.targets:
+        if target == "all-linear":
+            met = {p.module for p in rows if p.kind == "linear"}
+        else:
+            met = {p.module for p in rows if meets(target, p.module)}
+        if not met:
+            leaves = sorted({p.module.rpartition(".")[2] for p in rows})
+            raise ConfigError(
+                f"adapter.targets: {target!r} names no linear layer; there are {', '.join(leaves)}"
+            )
+        found |= met
+    heads = {p.module for p in rows if p.kind == "classifier"}
+    return {name for name in found if name not in heads and not covers(saved, name)}
+
+
+def _adapter_tensors(
+    recipe: Recipe, architecture: Architecture, adapted: set[str]
+) -> Iterable[TensorSpec]:
+    dtype = _adapter_dtype(recipe)
+    rank = recipe.adapter.rank
+    for parameter in architecture.parameters:
+        if parameter.module in adapted and parameter.kind != "bias":
+            out, inside = parameter.matrix
+            yield TensorSpec(shape=(rank, inside), dtype=dtype)
+            yield TensorSpec(shape=(out, rank), dtype=dtype)
+            if recipe.adapter.kind == "dora":
+                yield TensorSpec(shape=(out,), dtype=dtype)
+
+
+def _trained_dtype(
+    recipe: Recipe, parameter: Parameter, saved: list[str], added: frozenset[int]
+) -> str | None:
+    """Type in which a parameter of the model is trained; None when it is frozen."""
+    if recipe.adapter.kind == "none":
+        return "float32" if recipe.train.precision != "bf16" else "bfloat16"
+    if parameter.block in added:
+        return COMPUTE_DTYPE[recipe.train.precision]
+    is_classifier = parameter.name.split(".")[0] in ("classifier", "score")
+    if is_classifier or (saved and covers(saved, parameter.module)):
+        return _adapter_dtype(recipe)
+    return None
+
+
+def _adapter_dtype(recipe: Recipe) -> str:
+    return "bfloat16" if recipe.train.adapter_precision == "bf16" else "float32"
