@@ -194,7 +194,8 @@ AXOLOTL: list[tuple[dict[str, Any], dict[str, Any]]] = [
      {"path": "p", "format": "sharegpt", "columns": {"conversations": "c"}}),
     ({"path": "json", "data_files": "x.jsonl", "ds_type": "json", "type": "completion",
       "field": "body"}, {"path": "x.jsonl", "format": "text", "columns": {"text": "body"}}),
-    ({"path": "p", "type": {"field_instruction": "q", "field_output": "a", "format": "Q {q}"}},
+    ({"path": "p", "type":
+      {"field_instruction": "q", "field_output": "a", "format": "Q {instruction}"}},
      {"path": "p", "format": "alpaca", "columns": {"instruction": "q", "output": "a"},
       "template": "Q {q}"}),
     ({"path": "p", "type": None, "name": "en"}, {"path": "p", "name": "en"}),

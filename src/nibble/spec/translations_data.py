@@ -105,7 +105,10 @@ def _axolotl_fields(kind: Mapping[str, Any]) -> dict[str, Any]:
     if columns:
         source["columns"] = columns
     if kind.get("format"):
-        source["template"] = kind["format"]
+        template = str(kind["format"])
+        for field, column in columns.items():  # placeholders here are columns
+            template = template.replace(f"{{{field}}}", f"{{{column}}}")
+        source["template"] = template
     return source
 
 
