@@ -47,6 +47,17 @@ def test_codes_equal_bitsandbytes(signed: bool, numel: int) -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
+def test_table_search_is_exact(signed: bool) -> None:
+    _, edges = codec8._tables(signed, torch.device("cpu"))
+    near = torch.cat([edges, torch.nextafter(edges, edges + 1), torch.nextafter(edges, edges - 1)])
+    noise = moments(100_000, signed=True)
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, float("inf"), float("nan")])
+    values = torch.cat([near, noise, special])
+    expected = torch.bucketize(values, edges, out_int32=True)
+    assert torch.equal(codec8._nearest(values, edges, signed=signed), expected)
+
+
+@pytest.mark.parametrize("signed", [True, False])
 def test_fast_bitsandbytes_is_never_nearer(signed: bool) -> None:
     x = moments(20_000, signed=signed)
     codes, absmax = codec8.encode(x, signed=signed)

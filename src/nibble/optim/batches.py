@@ -11,12 +11,11 @@ multi-tensor kernels want lists of one dtype and rules one step count. Costs no 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nibble.optim.states import Stored
 from nibble.spec.state import BLOCK, Slot
 
 BATCH_NBYTES = 256 * 2**20
@@ -27,18 +26,19 @@ _PLAIN_BYTES = 8
 _UNPACKED_BYTES = 48
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Piece:
-    """A parameter or a slice of one, with its gradient and state."""
+class Piece(NamedTuple):
+    """A parameter or a slice of one, with its gradient and its state by name."""
 
     weight: Tensor
     grad: Tensor
-    stored: dict[Slot, Stored]
+    state: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What all pieces of a batch have in common."""
+class Kind(NamedTuple):
+    """What all pieces of a batch have in common; `names` are the keys of their states.
+
+    Made for each parameter in each step, hence a plain tuple.
+    """
 
     device: torch.device
     weight_dtype: torch.dtype
@@ -47,13 +47,18 @@ class Kind:
     names: tuple[str, ...]
     step: int
 
+    def stored_names(self, slot: Slot) -> tuple[str, ...]:
+        """Names under which a slot's tensors are in the state."""
+        codes, absmax = f"{slot.name}_codes", f"{slot.name}_absmax"
+        return (codes, absmax) if codes in self.names else (slot.name,)
+
 
 def batches(pieces: list[Piece], *, elementwise: bool) -> Iterator[list[Piece]]:
     """Pieces of one kind in lists whose temporaries fit BATCH_NBYTES; larger ones are cut.
 
     A whole tensor above the bound makes a batch of its own under a rule that is not elementwise.
     """
-    tensors = [tensor for stored in pieces[0].stored.values() for tensor in stored]
+    tensors = [value for value in pieces[0].state.values() if isinstance(value, Tensor)]
     plain = elementwise and all(
         tensor.dtype == torch.float32 for tensor in (pieces[0].weight, pieces[0].grad, *tensors)
     )
@@ -80,12 +85,9 @@ def _slices(piece: Piece, limit: int) -> Iterator[Piece]:
     for start in range(0, numel, limit):
         elements = slice(start, min(start + limit, numel))
         blocks = slice(start // BLOCK, -(-elements.stop // BLOCK))
-        stored = {
-            # (values,) or (codes, absmax): the second has one element for each block.
-            slot: tuple(
-                tensor.view(-1)[extent]
-                for tensor, extent in zip(tensors, (elements, blocks), strict=False)
-            )
-            for slot, tensors in piece.stored.items()
+        state = {
+            name: value.view(-1)[elements if value.numel() == numel else blocks]
+            for name, value in piece.state.items()
+            if isinstance(value, Tensor)
         }
-        yield Piece(weight=weight[elements], grad=grad[elements], stored=stored)
+        yield Piece(weight=weight[elements], grad=grad[elements], state=state)

@@ -19,7 +19,6 @@ and knows no ranks: sharded parameters are given as their local tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -127,21 +126,15 @@ class Optimizer(torch.optim.Optimizer):
             if not state:
                 _initialise(state, weight, own_slots, codec=group["codec"])
             state["step"] += 1
-            names = {slot: _names(slot, state) for slot in own_slots}
-            stored: dict[Slot, Stored] = {
-                slot: tuple(state[name] for name in stored_names)
-                for slot, stored_names in names.items()
-            }
             kind = Kind(
                 device=weight.device,
                 weight_dtype=weight.dtype,
                 grad_dtype=weight.grad.dtype,
                 slots=own_slots,
-                names=tuple(chain.from_iterable(names.values())),
+                names=tuple(state),
                 step=state["step"],
             )
-            piece = Piece(weight=weight.detach(), grad=weight.grad, stored=stored)
-            kinds.setdefault(kind, []).append(piece)
+            kinds.setdefault(kind, []).append(Piece(weight=weight, grad=weight.grad, state=state))
         return kinds
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,7 +196,10 @@ def _update(
 ) -> None:
     """One step of one batch: the module's equation, in float32."""
     grads = as_float32([piece.grad for piece in batch])
-    stored = {slot: [piece.stored[slot] for piece in batch] for slot in kind.slots}
+    stored: dict[Slot, list[Stored]] = {}
+    for slot in kind.slots:
+        names = kind.stored_names(slot)
+        stored[slot] = [tuple(piece.state[name] for name in names) for piece in batch]
     states = {slot: unpack(tensors, slot=slot) for slot, tensors in stored.items()}
 
     updates = RULES[group["rule"]].apply_(
@@ -267,12 +263,6 @@ def _initialise(
         names = slot_tensors(slot, codec=codec, shape=shape)
         tensors = new_slot(slot, codec=codec, shape=shape, device=weight.device)
         state.update(zip(names, tensors, strict=True))
-
-
-def _names(slot: Slot, state: dict[str, Any]) -> tuple[str, ...]:
-    """Names under which a slot's tensors are in the state."""
-    codes = f"{slot.name}_codes"
-    return (codes, f"{slot.name}_absmax") if codes in state else (slot.name,)
 
 
 def _copied(state: dict[str, Any], *, device: torch.device) -> dict[str, Any]:

@@ -39,9 +39,12 @@ CODECS = ("fp32", "bf16", "8bit")
 Extent = Literal["full", "rows", "columns"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Slot:
-    """One quantity that a rule keeps; `signed` says whether its values may be negative."""
+    """One quantity that a rule keeps; `signed` says whether its values may be negative.
+
+    Slots are rows of a table and compare by identity: they key dicts in the optimiser's inner loop.
+    """
 
     name: str
     signed: bool
