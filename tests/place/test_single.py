@@ -199,9 +199,11 @@ def test_one_process_has_nothing_to_add() -> None:
     batch = Batch(
         input_ids=torch.zeros(1, 2, dtype=torch.long),
         labels=torch.zeros(1, 2, dtype=torch.long),
-        position_ids=torch.zeros(1, 2, dtype=torch.long),
+        position_ids=None,
         attention_mask=None,
         num_targets=2,
+        num_tokens=2,
+        doc_lengths=((2,),),
     )
     assert place.batch(batch) is batch
 

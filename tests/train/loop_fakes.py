@@ -41,43 +41,35 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
     return causal_lm_loss(model(batch.input_ids), batch.labels, model.head, chunk=16)[0]
 
 
-def make_batch(rows: int, *, seed: int, masked: bool = True) -> Batch:
+def as_batch(ids: Tensor, labels: Tensor, mask: Tensor) -> Batch:
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=None,
+        attention_mask=mask,
+        num_targets=int((labels != IGNORE).sum()),
+        num_tokens=int(mask.sum()),
+        doc_lengths=tuple((int(n),) for n in mask.sum(1)),
+    )
+
+
+def make_batch(rows: int, *, seed: int) -> Batch:
     """Rows with very different numbers of targets and some padding."""
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCAB, (rows, LENGTH), generator=gen)
     labels = (ids * 5 + 3) % VOCAB  # something that can be learnt
-    if masked:
-        keep = torch.randint(1, LENGTH, (rows, 1), generator=gen)
-        labels = labels.masked_fill(torch.arange(LENGTH) >= keep, IGNORE)
+    keep = torch.randint(1, LENGTH, (rows, 1), generator=gen)
+    labels = labels.masked_fill(torch.arange(LENGTH) >= keep, IGNORE)
     mask = torch.ones_like(ids)
     mask[0, -2:] = 0
-    return Batch(
-        input_ids=ids,
-        labels=labels,
-        position_ids=torch.arange(LENGTH).expand(rows, -1).contiguous(),
-        attention_mask=mask,
-        num_targets=int((labels != IGNORE).sum()),
-    )
+    return as_batch(ids, labels, mask)
 
 
 def pieces(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
     """The rows of a batch as several batches."""
-    found, begin = [], 0
-    for size in sizes:
-        rows = slice(begin, begin + size)
-        labels = batch.labels[rows]
-        assert batch.attention_mask is not None
-        found.append(
-            Batch(
-                input_ids=batch.input_ids[rows],
-                labels=labels,
-                position_ids=batch.position_ids[rows],
-                attention_mask=batch.attention_mask[rows],
-                num_targets=int((labels != IGNORE).sum()),
-            )
-        )
-        begin += size
-    return found
+    assert batch.attention_mask is not None
+    parts = [torch.split(t, sizes) for t in (batch.input_ids, batch.labels, batch.attention_mask)]
+    return [as_batch(*part) for part in zip(*parts, strict=True)]
 
 
 class FakeLoader:

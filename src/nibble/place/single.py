@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ class Single:
         """The batch on the device, copied without waiting."""
         if self.device.type == "cpu":
             return batch
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.pin_memory().to(self.device, non_blocking=True)
             for field in dataclasses.fields(batch)
             if isinstance(value := getattr(batch, field.name), Tensor)

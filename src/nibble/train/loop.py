@@ -152,7 +152,7 @@ class _Run:
                     part = self.objective(state.model, self.place.batch(batch)) / max(
                         num_targets, 1
                     )
-                (part * scale).backward()
+                torch.autograd.backward(part * scale)
             loss += part.detach()
         if scaler.enabled:
             grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -166,7 +166,7 @@ class _Run:
         state.optimizer.zero_grad(set_to_none=True)
         scaler.update(finite=not skipped)
         state.step += 1
-        num_tokens = sum(_num_tokens(batch) for batch in batches)
+        num_tokens = sum(batch.num_tokens for batch in batches)
         state.num_tokens += num_tokens
         if skipped and scaler.scale < MIN_LOSS_SCALE:
             raise self._not_finite(
@@ -231,10 +231,3 @@ class _Run:
         return TrainingError(
             f"{what}: {kept}; lower optim.learning_rate, or use train.precision=bf16 or fp32"
         )
-
-
-def _num_tokens(batch: Batch) -> int:
-    """Tokens that are not padding; masks are on the host here."""
-    if batch.attention_mask is None:
-        return int(batch.input_ids.numel())
-    return int(batch.attention_mask.sum())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ def objective(family: Family, *, task: str, chunk: int) -> Objective:
     """
 
     def classify(model: nn.Module, batch: Batch) -> Tensor:
-        return classification_loss(_call(model, batch, family).logits, batch.labels)[0]
+        loss = classification_loss(_call(model, batch, family).logits, batch.labels)[0]
+        # A process without rows of its own passes one that must not count.
+        return loss if batch.num_targets else loss * 0
 
     def next_token_of_logits(model: nn.Module, batch: Batch) -> Tensor:
         logits = _call(model, batch, family).logits
@@ -54,16 +57,20 @@ def objective(family: Family, *, task: str, chunk: int) -> Objective:
     return next_token_of_logits if family.logits is None else next_token
 
 
-def _call(module: nn.Module, batch: Batch, family: Family):  # type: ignore[no-untyped-def]
-    """Call a transformers model with what the batch holds and the family takes."""
+def _call(module: nn.Module, batch: Batch, family: Family) -> Any:
+    """Call a transformers model with what the batch holds and the family takes.
+
+    Only packed rows bring position ids: they start again with each document, and that is what tells
+    documents apart. For the others the family counts in its own way (OPT and RoBERTa not from 0).
+    """
     words: dict[str, object] = {"input_ids": batch.input_ids}
     if batch.attention_mask is not None:
         words["attention_mask"] = batch.attention_mask
-    elif family.can_pack:
-        # Positions that start again are what tells documents of one row apart. Padded rows need
-        # none: their tokens come first, and some families (OPT, RoBERTa) count positions in their
-        # own way.
+    if batch.position_ids is not None:
+        assert family.can_pack, "packed rows need a family that keeps documents apart"
         words["position_ids"] = batch.position_ids
+    if batch.token_type_ids is not None:
+        words["token_type_ids"] = batch.token_type_ids
     if "use_cache" in inspect.signature(module.forward).parameters:
         words["use_cache"] = False
     return module(**words)
