@@ -47,8 +47,9 @@ def seconds(work: Callable[[], object], *, device: torch.device, repeats: int) -
             work()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
-    # Larger than the second-level cache; overwriting it also keeps the queue ahead of the host.
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    # Larger than the second-level cache, and long enough to overwrite that the host, which needs
+    # some 50 us to launch a Triton kernel, is ahead of the GPU when the timed call begins.
+    flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     times = []
     for _ in range(repeats):
         flush.zero_()
