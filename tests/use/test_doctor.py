@@ -1,0 +1,170 @@
+"""Every judgement of the doctor on facts that cause it, and the facts of this very machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nibble.spec.units import GIB, MIB
+from nibble.use import doctor
+from nibble.use.doctor import EXTRAS, REQUIRED, Finding, diagnose, examine
+from nibble.use.machine import Facts, Folder, Gpu, collect
+
+GPU = Gpu(
+    index=0,
+    name="NVIDIA H200",
+    total_bytes=140 * GIB,
+    free_bytes=139 * GIB,
+    capability=(9, 0),
+)
+VERSIONS: dict[str, str | None] = {
+    **{name: ".".join(str(part) for part in least) + ".0" for name, least in REQUIRED.items()},
+    **{d: "9.9" for row in EXTRAS.values() for d in row[1]},
+    "triton": "3.6.0",
+}
+WELL = Facts(
+    python=(3, 12, 3),
+    system="Linux x86_64",
+    versions=VERSIONS,
+    torch_cuda="13.0",
+    driver="580.159.04",
+    gpus=(GPU,),
+    compiler="/usr/bin/cc",
+    bitsandbytes_builds=("128", "130"),
+    folders=(Folder(role="runs", path="runs", free_bytes=90 * GIB, is_writable=True),),
+    num_cpus=16,
+    host_total_bytes=128 * GIB,
+    host_free_bytes=100 * GIB,
+    shared_free_bytes=64 * GIB,
+    locked_limit_bytes=None,
+    open_files=65536,
+    environment={},
+)
+
+
+def bad(**changes: Any) -> list[Finding]:
+    return [f for f in diagnose(replace(WELL, **changes)) if f.status != "ok"]
+
+
+def test_a_good_machine_has_nothing_to_say() -> None:
+    findings = diagnose(WELL)
+    assert [f for f in findings if f.status != "ok" or f.advice] == []
+    text = " ".join(f.text for f in findings)
+    assert "NVIDIA H200, 140.00 GiB" in text and "driver 580.159.04" in text
+    assert {f.name for f in findings} >= {"python", "torch", "gpu 0", "triton", "memory", "hub"}
+
+
+def without(name: str) -> dict[str, str | None]:
+    return {**VERSIONS, name: None}
+
+
+FOLDER = WELL.folders[0]
+CASES: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"python": (3, 10, 1)}, "python", "fail", "Python 3.11"),
+    ({"versions": without("torch")}, "torch", "fail", 'pip install "torch>=2.11"'),
+    ({"versions": {**VERSIONS, "transformers": "5.16.9"}}, "transformers", "fail", ">=5.17"),
+    ({"versions": {**VERSIONS, "torch": "2.9.1+cu128"}}, "torch", "fail", ">=2.11"),
+    ({"versions": without("triton")}, "triton", "warn", "quant.kernels=eager"),
+    ({"compiler": None}, "triton", "warn", "install gcc"),
+    ({"bitsandbytes_builds": ("128",)}, "bitsandbytes", "warn", "upgrade bitsandbytes"),
+    ({"gpus": (), "driver": None, "torch_cuda": None}, "gpu", "warn", "runs go to the CPU"),
+    ({"gpus": (), "torch_cuda": None}, "gpu", "fail", "install torch's CUDA build"),
+    ({"gpus": ()}, "gpu", "warn", "driver may be older"),
+    (
+        {"gpus": (), "environment": {"CUDA_VISIBLE_DEVICES": ""}},
+        "gpu",
+        "warn",
+        "CUDA_VISIBLE_DEVICES='' may hide it",
+    ),
+    ({"gpus": (replace(GPU, capability=(7, 5)),)}, "gpu 0", "warn", "train.precision=fp16"),
+    ({"gpus": (replace(GPU, capability=(6, 1)),)}, "gpu 0", "fail", "place.device=cpu"),
+    ({"gpus": (replace(GPU, free_bytes=40 * GIB),)}, "gpu 0", "warn", "another process"),
+    ({"folders": (replace(FOLDER, is_writable=False),)}, "runs", "fail", "output_dir"),
+    ({"folders": (replace(FOLDER, free_bytes=GIB),)}, "runs", "fail", "may not fit"),
+    ({"folders": (replace(FOLDER, free_bytes=9 * GIB),)}, "runs", "warn", "15 GiB"),
+    ({"host_free_bytes": 3 * GIB}, "memory", "warn", "nibble plan"),
+    ({"shared_free_bytes": 64 * MIB}, "shared memory", "warn", "--shm-size"),
+    ({"open_files": 256}, "open files", "warn", "ulimit -n"),
+    ({"environment": {"HF_HUB_OFFLINE": "1"}}, "hub", "warn", "cached or local"),
+    *(
+        ({"versions": without(row[1][0])}, row[0], "warn", f"nibble[{extra}]")
+        for extra, row in EXTRAS.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "status", "advice"), CASES, ids=[f"{c[1]}-{i}" for i, c in enumerate(CASES)]
+)
+def test_each_trouble_is_named_with_what_to_do(
+    changes: dict[str, Any], name: str, status: str, advice: str
+) -> None:
+    findings = bad(**changes)
+    assert [(f.name, f.status) for f in findings] == [(name, status)]
+    assert advice in findings[0].advice
+
+
+def test_no_secret_is_shown() -> None:
+    findings = diagnose(replace(WELL, environment={"HF_TOKEN": "hf_abcdef"}))
+    assert not any("hf_abcdef" in f.text + f.advice for f in findings)
+    assert any("a token is set" in f.text for f in findings)
+
+
+def test_extras_are_those_of_the_package() -> None:
+    import tomllib
+
+    file = Path(__file__).parents[2] / "pyproject.toml"
+    given = tomllib.loads(file.read_text())["project"]
+    extras = given["optional-dependencies"]
+    assert set(EXTRAS) == set(extras) - {"test", "demo"}
+    for extra, (_, distributions, _) in EXTRAS.items():
+        wanted = " ".join(extras[extra])
+        assert all(name in wanted for name in distributions)
+    for name, least in REQUIRED.items():
+        text = next(d for d in given["dependencies"] if d.startswith(name))
+        assert ".".join(str(part) for part in least) in text
+
+
+def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "yet"))
+    monkeypatch.chdir(tmp_path)
+    findings = {f.name: f for f in examine()}
+    assert findings["torch"].text == torch.__version__
+    assert findings["python"].text.startswith(".".join(map(str, sys.version_info[:3])))
+    assert findings["hub"].status == "warn"
+    assert str(tmp_path) in findings["runs"].text
+    assert not (tmp_path / "not").exists()
+    facts = collect(["torch", "no-such-distribution"])
+    assert facts.versions == {"torch": torch.__version__, "no-such-distribution": None}
+    assert 0 < facts.host_free_bytes <= facts.host_total_bytes
+    assert len(facts.gpus) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    from nibble.use.machine import _folder
+
+    assert not _folder("runs", tmp_path / "x").is_writable
+
+
+def test_only_torch_is_imported() -> None:
+    code = (
+        "import sys; from nibble.use.doctor import examine; examine();"
+        "assert not {'transformers', 'bitsandbytes', 'datasets', 'wandb'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_check_is_in_the_table() -> None:
+    named = {getattr(doctor, name) for name in dir(doctor) if name.startswith("check_")}
+    assert set(doctor.CHECKS) == named
