@@ -10,7 +10,7 @@ weight that is ternary already, such as a BitNet checkpoint's, is kept exactly.
 Storage: trit k of byte j is the weight of column k R + j, where R is the row's bytes, so each
 trit's plane is contiguous. A byte holds ceil(256/243 v) for the base-3 number v of its five trits:
 multiplying by 3 modulo 256 then moves the next trit to the top, and (3 b) >> 8 reads it. No
-division, no table. 1.6 bits a weight.
+division, no table. 1.6 bits a weight, and rows of whole eights of bytes.
 
 Not a training format: gradients through rounding (BitNet's own recipe) are not here; this stores a
 frozen base.
