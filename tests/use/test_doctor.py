@@ -15,7 +15,7 @@ import torch
 from nibble.spec.units import GIB, MIB
 from nibble.use import doctor
 from nibble.use.doctor import EXTRAS, REQUIRED, Finding, diagnose, examine
-from nibble.use.machine import Facts, Folder, Gpu, collect
+from nibble.use.machine import Facts, Folder, Gpu, card_names, collect
 
 GPU = Gpu(
     index=0,
@@ -155,6 +155,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     from nibble.use.machine import _folder
 
     assert not _folder("runs", tmp_path / "x").is_writable
+
+
+def test_cards_are_named_without_torch(tmp_path: Path) -> None:
+    from nibble.spec.hardware import hardware
+
+    for bus, model in (("0000:01:00.0", "NVIDIA H200"), ("0000:02:00.0", "NVIDIA A10G")):
+        (tmp_path / bus).mkdir()
+        text = f"Model: \t\t {model}\nIRQ:   \t\t 33\nVideo BIOS: \t 1.2\n"
+        (tmp_path / bus / "information").write_text(text)
+    assert [hardware(name).name for name in card_names(tmp_path)] == ["h200", "a10g"]
+    assert card_names(tmp_path / "nothing") == []
 
 
 def test_only_torch_is_imported() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nibble.spec.plan import CATEGORIES, Plan
-from nibble.spec.units import GIB, show_bytes
+from nibble.spec.units import GIB, MIB, show_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -74,8 +74,10 @@ def _title(plan: Plan) -> str:
     stored = "16 bit" if quant == "none" else quant
     where = "CPU" if plan.on_cpu else (plan.hardware.name if plan.hardware else "GPU")
     rows, length = plan.recipe.train.micro_batch_size, plan.recipe.data.max_length
+    path = plan.recipe.model.path
+    model = path if path.count("/") <= 1 else path.rstrip("/").rpartition("/")[2]
     return (
-        f"{plan.recipe.model.path} · {method}, base in {stored}, {plan.recipe.optim.name} · "
+        f"{model} · {method}, base in {stored}, {plan.recipe.optim.name} · "
         f"{rows} x {length} tokens · {where}"
     )
 
@@ -95,7 +97,8 @@ def _table(plan: Plan) -> RenderableType:
 
     peak = plan.peak.name
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    table.add_column("GiB")
+    name, unit = ("GiB", GIB) if plan.device_bytes >= 4 * GIB else ("MiB", MIB)
+    table.add_column(name)
     for phase in plan.phases:
         style = "bold" if phase.name == peak else ""
         table.add_column(phase.name, justify="right", style=style)
@@ -103,12 +106,15 @@ def _table(plan: Plan) -> RenderableType:
     for category, words in CATEGORIES.items():
         cells = [phase.device.get(category, 0) for phase in plan.phases]
         if any(cells):
-            table.add_row(words, *(_gib(c) for c in cells), _bar(plan, category))
+            table.add_row(words, *(_cell(c, unit) for c in cells), _bar(plan, category))
     table.add_section()
-    name = "total" if plan.on_cpu else "device"
-    table.add_row(name, *(_gib(p.device_bytes) for p in plan.phases), f"{plan.peak.moment}")
+    table.add_row(
+        "tensors" if plan.on_cpu else "device",
+        *(_cell(p.device_bytes, unit) for p in plan.phases),
+        f"{plan.peak.moment}",
+    )
     extra = [p.host_bytes + (p.device_bytes if plan.on_cpu else 0) for p in plan.phases]
-    table.add_row("host", *(_gib(e) for e in extra), "", style="dim")
+    table.add_row("host", *(_cell(e, unit) for e in extra), "", style="dim")
     return table
 
 
@@ -120,10 +126,12 @@ def _bar(plan: Plan, category: str) -> str:
     return "█" * whole + part
 
 
-def _gib(num_bytes: int) -> str:
+def _cell(num_bytes: int, unit: int) -> str:
     if num_bytes == 0:
         return "·"
-    return f"{num_bytes / GIB:.2f}" if num_bytes >= GIB / 200 else "<.01"
+    digits = 2 if unit == GIB else 1
+    shown = f"{num_bytes / unit:,.{digits}f}"
+    return shown if float(shown.replace(",", "")) > 0 else "<" + f"{10**-digits:g}"[1:]
 
 
 def _verdict(plan: Plan) -> RenderableType:

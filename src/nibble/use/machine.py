@@ -128,6 +128,21 @@ def _torch_facts() -> tuple[str | None, tuple[Gpu, ...]]:
     return torch.version.cuda, tuple(gpus)
 
 
+def card_names(gpus: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """Names of the NVIDIA cards that the kernel's driver lists, without torch; Linux only.
+
+    `nibble plan` takes the card from here when none is named; it does not look at
+    CUDA_VISIBLE_DEVICES, and an empty list means that no driver told.
+    """
+    names = []
+    for file in sorted(gpus.glob("*/information")):
+        for line in file.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "Model":
+                names.append(value.strip())
+    return names
+
+
 def _driver() -> str | None:
     """Version of the kernel's NVIDIA driver, where Linux tells."""
     file = Path("/proc/driver/nvidia/version")
