@@ -80,7 +80,7 @@ class RunFolder:
             *self.path.glob(".checkpoint-*.old"),
         ):
             _remove(leftover)
-        write_text(self.path / RECIPE, dump_recipe(recipe))
+        self.write_recipe(recipe)
 
     def _check(self, recipe: Recipe, *, resume: bool) -> None:
         stored = self.path / RECIPE
@@ -102,6 +102,10 @@ class RunFolder:
                 f"{name}={now} differs from {before}, with which {self.path} was started{more}: "
                 "resume with the old value, or start anew in another output_dir"
             )
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Store the recipe again, with what the data have settled since."""
+        write_text(self.path / RECIPE, dump_recipe(recipe))
 
     def write_versions(self, versions: Mapping[str, Any]) -> None:
         """Store what computes the run."""
@@ -163,8 +167,10 @@ def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """(name, old, new) of the fields that differ and are not harmless to change."""
     # What has no effect is not stored, so it must not count as a difference.
     before, now = (
-        _flat(Recipe.model_validate(recipe_dict(r)).model_dump(mode="json")) for r in (old, new)
+        _flat(Recipe.model_validate(recipe_dict(one)).model_dump(mode="json")) for one in (old, new)
     )
+    if now["model.num_labels"] is None:
+        now["model.num_labels"] = before["model.num_labels"]  # settled by the data
     return [
         (name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())

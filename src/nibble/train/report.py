@@ -62,6 +62,11 @@ class Phase:
         self.done += count
         self._tell(ended=False)
 
+    def at(self, done: int, total: int | None, name: str | None = None) -> None:
+        """`done` of `total` are done; `name` says more exactly what."""
+        self.done, self.total, self.name = done, total, name or self.name
+        self._tell(ended=False)
+
     def _tell(self, *, ended: bool) -> None:
         self._report.phase_changed(
             self.name, self.done, self.total, time.perf_counter() - self._began, ended=ended

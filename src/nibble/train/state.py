@@ -30,7 +30,7 @@ class Steps(Protocol):
         """Numbers only: the position after the last step that was taken from it."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position."""
         ...
 

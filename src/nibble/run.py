@@ -1,0 +1,356 @@
+"""The main path: from a recipe to a trained model. Reads top to bottom.
+
+Everything that can be refused is refused before weights are read: the run folder, the recipe's fit
+with the model, the data, the plan. Weights are then streamed to where they live, quantised on
+arrival; the loop does the rest and leaves a checkpoint behind, however it ends.
+
+    RUN/data.json    what became of the rows, label names, tokens that end answers
+    RUN/plan.json    what was planned, and at the end what was measured
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import nn
+
+from nibble import optim
+from nibble.data import Loader, Splits, one_pass, prepare
+from nibble.errors import ConfigError, PlanError
+from nibble.models import load_tokenizer
+from nibble.nn.adapters import AdapterSummary
+from nibble.nn.attention import PACKED, attention_name
+from nibble.place.base import Memory, Placement, out_of_memory_is_explained
+from nibble.place.single import Single
+from nibble.spec.advice import advise
+from nibble.spec.arch import architecture
+from nibble.spec.config import Recipe
+from nibble.spec.hardware import Hardware, hardware
+from nibble.spec.plan import CUDA_CONTEXT_BYTES, Plan, plan
+from nibble.spec.units import show_bytes
+from nibble.train.checkpoint import Checkpoints
+from nibble.train.folder import RunFolder, gather_versions, write_text
+from nibble.train.loop import Evaluate, Outcome, Settings, loop
+from nibble.train.profile import Profiler
+from nibble.train.report import Report
+from nibble.train.sinks import SinkContext, make_sinks
+from nibble.train.state import LossScaler, TrainState, seed_everything
+from nibble.use.assemble import Assembly, assemble, fill, storage_dtype
+from nibble.use.objective import Objective, held_out_loss, objective
+from nibble.weights.adapter_files import load_adapter, save_adapter
+
+DATA, PLAN = "data.json", "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A run as it ended. `plan` is None for a model that cannot be planned."""
+
+    folder: Path
+    outcome: Outcome
+    summary: AdapterSummary
+    plan: Plan | None
+    memory: Memory
+
+
+def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None) -> RunResult:
+    """Train as the recipe says, or go on with the run in its folder.
+
+    `stream`: where progress is shown (default: standard output). Raises a NibbleError for whatever
+    cannot be done; a run that was interrupted returns, with `outcome.interrupted`.
+    """
+    seed_everything(recipe.train.seed)
+    place = Single(recipe.place)
+    with (
+        RunFolder(recipe, resume=resume) as folder,
+        Report(log_every=recipe.train.log_every) as report,
+    ):
+        folder.write_versions(gather_versions(seed=recipe.train.seed))
+        for sink in make_sinks(recipe.report.sinks, _sink_context(recipe, folder), stream=stream):
+            report.add(sink)
+        assembly, splits = _model_and_data(recipe, report)
+        recipe = assembly.recipe
+        folder.write_recipe(recipe)
+        write_text(folder.path / DATA, _data_text(splits))
+        planned = _plan(assembly, place, report)
+        with out_of_memory_is_explained(_advice(planned, place)):
+            state, settings = _load(assembly, splits, place, report)
+            checkpoints = Checkpoints(
+                folder.path,
+                keep=recipe.train.keep_checkpoints,
+                versions=gather_versions(seed=recipe.train.seed),
+                write_model=_write_model(assembly, state.model),
+            )
+            if resume and (found := checkpoints.resume(state)) is not None:
+                report.note(f"going on from {found}")
+            report.begin(first_step=state.step, max_steps=settings.max_steps)
+            place.reset_memory()
+            loss = objective(
+                assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
+            )
+            outcome = loop(
+                state,
+                place=place,
+                objective=loss,
+                settings=settings,
+                report=report,
+                checkpoints=checkpoints,
+                evaluate=_evaluation(assembly, splits, state.model, place, loss),
+                profiler=Profiler(
+                    recipe.train.profile,
+                    folder=folder.path / "profile",
+                    device=place.device,
+                    note=report.note,
+                ),
+            )
+        memory = place.memory()
+        _record(folder.path / PLAN, planned, memory)
+        if outcome.interrupted:
+            report.note(
+                f"stopped after step {outcome.step} of {settings.max_steps}; go on with: "
+                f"nibble train {folder.path} --resume"
+            )
+    return RunResult(
+        folder=folder.path,
+        outcome=outcome,
+        summary=_summary(assembly),
+        plan=planned,
+        memory=memory,
+    )
+
+
+def _sink_context(recipe: Recipe, folder: RunFolder) -> SinkContext:
+    last = folder.resumed_from
+    return SinkContext(
+        run=folder.path,
+        step=0 if last is None else int(last.name.rpartition("-")[2]),
+        project=recipe.report.project,
+        run_name=recipe.report.run_name or folder.path.name,
+        recipe=recipe.model_dump(mode="json"),
+    )
+
+
+def _model_and_data(recipe: Recipe, report: Report) -> tuple[Assembly, Splits]:
+    """The model on meta and the rows. A classifier's head is as wide as the data has labels, so
+    there the data come first; elsewhere the family says first whether rows may be packed."""
+    if recipe.model.task == "classification":
+        splits = _prepare(recipe, load_tokenizer(recipe.model), can_pack=False, report=report)
+        resolved = recipe.model.model_copy(update={"num_labels": splits.num_labels})
+        with report.phase("build the model"):
+            assembly = assemble(recipe.model_copy(update={"model": resolved}))
+        _name_labels(assembly, splits)
+    else:
+        with report.phase("build the model"):
+            assembly = assemble(recipe)
+        can_pack = assembly.built.family.can_pack
+        splits = _prepare(recipe, assembly.tokenizer, can_pack=can_pack, report=report)
+    _check_positions(assembly, splits)
+    if recipe.data.packing and attention_name(type(assembly.model)) == PACKED:
+        assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]
+    summary = _summary(assembly)
+    share = summary.num_trainable / max(1, summary.num_total)
+    report.note(
+        f"trains {summary.num_trainable:,} of {summary.num_total:,} parameters ({share:.2%})"
+    )
+    return assembly, splits
+
+
+def _summary(assembly: Assembly) -> AdapterSummary:
+    assert assembly.summary is not None, "a model that is assembled to be trained"
+    return assembly.summary
+
+
+def _prepare(recipe: Recipe, tokenizer: object, *, can_pack: bool, report: Report) -> Splits:
+    with report.phase("tokenise") as phase:
+        splits = prepare(
+            recipe.data,
+            tokenizer,
+            task=recipe.model.task,
+            seed=recipe.train.seed,
+            can_pack=can_pack,
+            num_labels=recipe.model.num_labels,
+            progress=lambda name, done, total: phase.at(done, total, name),
+        )
+    for line in splits.report.lines():
+        report.note(line)
+    return splits
+
+
+def _name_labels(assembly: Assembly, splits: Splits) -> None:
+    """Let the configuration, which exports carry, say what the classes mean."""
+    if splits.label_names:
+        config = assembly.built.config
+        config.id2label = dict(enumerate(splits.label_names))
+        config.label2id = {name: number for number, name in enumerate(splits.label_names)}
+
+
+def _check_positions(assembly: Assembly, splits: Splits) -> None:
+    """Raise ConfigError for rows that are longer than a table of positions."""
+    family = assembly.built.family
+    parts = [splits.train, *([splits.eval] if splits.eval is not None else [])]
+    longest = max(int(rows.lengths.max()) for rows in parts)
+    limit = family.max_positions
+    if family.has_position_limit and limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_length={assembly.recipe.data.max_length} leaves a row of {longest} tokens, "
+            f"but {family.model_type} has {limit} positions: set data.max_length={limit}"
+        )
+
+
+def _data_text(splits: Splits) -> str:
+    told = {
+        "train": splits.report.lines(),
+        "eval": None if splits.eval_report is None else splits.eval_report.lines(),
+        "num_train_rows": len(splits.train),
+        "num_eval_rows": 0 if splits.eval is None else len(splits.eval),
+        "label_names": splits.label_names,
+        "stop_ids": splits.stop_ids,
+    }
+    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+
+
+def _plan(assembly: Assembly, place: Placement, report: Report) -> Plan | None:
+    """The plan, checked against the card; None where the planner does not know the shape."""
+    recipe = assembly.recipe
+    local = recipe.model.model_copy(update={"path": str(assembly.built.path), "revision": None})
+    try:
+        shape = architecture(local)
+    except PlanError as error:
+        report.note(f"not planned: {error}")
+        return None
+    on_cpu = place.device.type == "cpu"
+    made = plan(recipe, architecture=shape, hardware=_card(place), on_cpu=on_cpu)
+    made.check(_limit_bytes(made, place))
+    return made
+
+
+def _card(place: Placement) -> Hardware | None:
+    if place.device.type != "cuda":
+        return None
+    try:
+        return hardware(torch.cuda.get_device_name(place.device))
+    except ConfigError:
+        return None
+
+
+def _limit_bytes(planned: Plan, place: Placement) -> int | None:
+    """What the plan says, but never more than the card has."""
+    limit = planned.limit()
+    if place.device.type != "cuda":
+        return limit
+    there = torch.cuda.get_device_properties(place.device).total_memory
+    return there if limit is None else min(limit, there)
+
+
+def _advice(planned: Plan | None, place: Placement) -> str:
+    """What to do when memory runs out although the plan said that it would do."""
+    if planned is None:
+        return "try a smaller train.micro_batch_size or data.max_length"
+    needed = planned.host_bytes if planned.on_cpu else planned.allocator_bytes
+    limit = _limit_bytes(planned, place)
+    aim = (needed + CUDA_CONTEXT_BYTES if limit is None else limit) * 85 // 100
+    changes = " or ".join(change.words for change in advise(planned, aim))
+    said = f"the plan said {show_bytes(needed)}"
+    return f"{said}; try {changes or 'a smaller data.max_length'}"
+
+
+def _load(
+    assembly: Assembly, splits: Splits, place: Placement, report: Report
+) -> tuple[TrainState, Settings]:
+    """The model with its weights, the loader, the optimiser, and the numbers of the loop."""
+    recipe = assembly.recipe
+    with report.phase("load weights") as phase:
+        model = fill(
+            assembly,
+            place,
+            checkpointing=recipe.train.activation_checkpointing,
+            advance=lambda done, total: phase.at(done, total),
+        )
+    if recipe.adapter.path is not None:
+        load_adapter(model, Path(recipe.adapter.path))
+    loader = Loader(
+        splits.train,
+        micro_batch_size=recipe.train.micro_batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        seed=recipe.train.seed,
+        rank=place.rank,
+        world=place.world,
+        packing=recipe.data.packing,
+        max_length=recipe.data.max_length,
+        pad_id=assembly.tokenizer.pad_token_id,
+        shuffle=recipe.data.shuffle,
+    )
+    max_steps = recipe.train.max_steps or loader.total_steps(recipe.train.epochs)
+    optimizer, schedule = optim.build(
+        model, recipe.optim, total_steps=max_steps, seed=recipe.train.seed
+    )
+    fp16 = recipe.train.precision == "fp16"
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=loader,
+        scaler=LossScaler(enabled=fp16),
+    )
+    settings = Settings(
+        max_steps=max_steps,
+        steps_per_epoch=float(loader.steps_per_epoch),
+        max_grad_norm=recipe.optim.max_grad_norm,
+        eval_every=recipe.train.eval_every,
+        save_every=recipe.train.save_every,
+        log_every=recipe.train.log_every,
+        autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
+    )
+    return state, settings
+
+
+def _evaluation(
+    assembly: Assembly, splits: Splits, model: nn.Module, place: Placement, loss: Objective
+) -> Evaluate | None:
+    rows, recipe = splits.eval, assembly.recipe
+    if rows is None:
+        return None
+
+    def evaluate(stop: Callable[[], bool]) -> float | None:
+        batches = one_pass(
+            rows,
+            micro_batch_size=recipe.train.micro_batch_size,
+            rank=place.rank,
+            world=place.world,
+            packing=recipe.data.packing,
+            max_length=recipe.data.max_length,
+            pad_id=assembly.tokenizer.pad_token_id,
+        )
+        return held_out_loss(model, batches, place=place, objective=loss, stop=stop)
+
+    return evaluate
+
+
+def _write_model(assembly: Assembly, model: nn.Module) -> Callable[[Path], None] | None:
+    """Files of a checkpoint that other tools read: an adapter as peft's."""
+    recipe = assembly.recipe
+    if recipe.adapter.kind not in ("lora", "dora"):
+        return None
+    return lambda folder: save_adapter(
+        model,
+        folder,
+        base_name=recipe.model.path,
+        adapter=recipe.adapter,
+        task=recipe.model.task,
+    )
+
+
+def _record(path: Path, planned: Plan | None, memory: Memory) -> None:
+    """Planned against measured."""
+    told = {} if planned is None else planned.to_json()
+    told["measured"] = {
+        "reserved_bytes": memory.reserved_bytes,
+        "allocated_bytes": memory.allocated_bytes,
+        "host_bytes": memory.host_bytes,
+    }
+    write_text(path, json.dumps(told, indent=1) + "\n")
