@@ -168,6 +168,12 @@ def test_a_conversation_that_ends_with_a_question(tokenizers: Tokenizers) -> Non
     assert learnt(tokenizers("chatml"), TURNS[:3]) == EXPECTED["chatml"][:1]
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral"])
+def test_a_conversation_that_begins_with_an_answer(tokenizers: Tokenizers, name: str) -> None:
+    runs = learnt(tokenizers(name), TURNS[1:])
+    assert [run.strip() for run in runs] == [run.strip() for run in EXPECTED[name]]
+
+
 def test_answers_that_cannot_be_learnt(tokenizers: Tokenizers) -> None:
     chat = Chat(tokenizer=tokenizers("gemma"), template=TEMPLATES["gemma"])
 

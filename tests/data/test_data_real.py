@@ -47,6 +47,7 @@ def test_questions_and_answers(shared_data: Path, llama2: Any) -> None:
     splits = run(llama2, shared_data / "instruct" / "gsm8k_test.jsonl", num_rows=50)
     assert len(splits.train) == 50 and splits.train.source(0).endswith("gsm8k_test.jsonl:1")
     shown = show_row(splits.train, 0, tokenizer=llama2)
+    assert "".join(text for text, _ in shown) == llama2.decode(splits.train.row(0).ids)
     assert [trained for _, trained in shown] == sorted(trained for _, trained in shown)
 
 

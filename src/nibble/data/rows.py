@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -141,9 +142,18 @@ def show_row(rows: Rows, index: int, *, tokenizer: Any) -> list[tuple[str, bool]
     A character cut into several tokens appears as the replacement character.
     """
     row = rows.row(index)
-    texts = tokenizer.batch_decode(
-        [[token] for token in row.ids.tolist()],
-        skip_special_tokens=False,
-        clean_up_tokenization_spaces=False,
-    )
+    ids = row.ids.tolist()
+
+    def decode(parts: list[list[int]]) -> list[str]:
+        texts: list[str] = tokenizer.batch_decode(
+            parts, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return texts
+
+    # A token's leading space shows only behind another token.
+    alone = decode([[token] for token in ids])
+    pairs = decode([list(pair) for pair in pairwise(ids)])
+    texts = alone[:1]
+    for before, pair, text in zip(alone, pairs, alone[1:], strict=False):
+        texts.append(pair.removeprefix(before) if pair.startswith(before) else text)
     return list(zip(texts, row.targets.tolist(), strict=True))
