@@ -204,3 +204,24 @@ def test_bad_data_is_told_before_a_weight_is_read(base: Path, tmp_path: Path) ->
     run_again = recipe(base, tmp_path / "empty.jsonl", tmp_path / "run")
     with pytest.raises(DataError):  # and the folder is free again
         run.train(run_again, stream=io.StringIO())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_gpu_runs_packed_qlora_and_goes_on(
+    precision: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    def part(max_steps: int, **more: Any) -> Recipe:
+        train = {"precision": precision, "max_steps": max_steps, **more}
+        sections = lora(quant={"format": "nf4"}, data={"packing": True}, train=train)
+        return recipe(base, data, tmp_path / "run", **sections, place={"device": "cuda"})
+
+    first = run.train(part(3, profile={"start_step": 2, "num_steps": 1}), stream=io.StringIO())
+    second = run.train(part(6), resume=True, stream=io.StringIO())
+    assert second.outcome.step == 6 and first.outcome.eval_loss_before is not None
+    assert second.outcome.eval_loss_after is not None
+    assert second.outcome.eval_loss_after < first.outcome.eval_loss_before - 0.3
+    assert second.memory.reserved_bytes > 0
+    files = {p.name for p in (tmp_path / "run" / "profile").iterdir()}
+    assert files == {"trace.json.gz", "operators.txt", "memory.csv", "memory.pickle"}

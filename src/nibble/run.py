@@ -150,7 +150,10 @@ def _model_and_data(recipe: Recipe, report: Report) -> tuple[Assembly, Splits]:
         can_pack = assembly.built.family.can_pack
         splits = _prepare(recipe, assembly.tokenizer, can_pack=can_pack, report=report)
     _check_positions(assembly, splits)
-    if recipe.data.packing and attention_name(type(assembly.model)) == PACKED:
+    if (
+        recipe.data.packing
+        and attention_name(type(assembly.model), assembly.built.config) == PACKED
+    ):
         assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]
     summary = _summary(assembly)
     share = summary.num_trainable / max(1, summary.num_total)

@@ -174,7 +174,8 @@ def test_families_get_the_attention_they_can_run() -> None:
     assert attention_name(t.LlamaForCausalLM) == PACKED
     assert attention_name(t.BloomForCausalLM) == "eager"
     assert attention_name(t.FalconForCausalLM) == "sdpa"  # own sdpa call, outside the interface
-    assert attention_name(t.Gemma2ForCausalLM) == "eager"
+    assert attention_name(t.Gemma2ForCausalLM, t.Gemma2Config()) == "eager"
+    assert attention_name(t.LlamaForCausalLM, t.LlamaConfig()) == PACKED
 
 
 @pytest.mark.gpu

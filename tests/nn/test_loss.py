@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -139,6 +140,29 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def test_well_learnt_tokens_keep_their_small_gradients() -> None:
+    """In bf16, p - 1 is 0 for p = 0.999; its true value is what still has to be learnt."""
+    hidden = torch.eye(4, dtype=torch.bfloat16).requires_grad_()
+    head = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    head.weight.data.copy_(8 * torch.eye(4))  # p = 1 / (1 + 3 e^-8) = 0.998995
+    loss, _ = causal_lm_loss(hidden, torch.arange(4), head, chunk=16)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    left = 1 - 1 / (1 + 3 * math.exp(-8))
+    assert grad.diagonal().float().tolist() == pytest.approx([-8 * left] * 4, rel=0.01)
+
+
+def test_a_transform_that_does_nothing_costs_nothing() -> None:
+    hidden, labels, head = case(bias=False, frozen=True)
+    calls = []
+
+    def identity(logits: Tensor) -> Tensor:
+        calls.append(logits.numel())
+        return logits
+
+    loss, _ = causal_lm_loss(hidden, labels, head, chunk=16, transform=identity)
+    assert calls == [1] and torch.equal(loss, causal_lm_loss(hidden, labels, head, chunk=16)[0])
+
+
 @pytest.mark.parametrize("wrap", [False, True])
 def test_no_tensor_ever_holds_more_logits_than_a_chunk(wrap: bool) -> None:
     gen = torch.Generator().manual_seed(0)
@@ -210,3 +234,32 @@ def test_full_logits_and_classes_are_torchs_sums() -> None:
     numbers = torch.linspace(-1, 1, 6)
     loss, _ = classification_loss(logits[:, :1], numbers)
     assert torch.allclose(loss, ((logits[:, 0] - numbers) ** 2).sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_never_waited_for_and_gives_the_same() -> None:
+    gen = torch.Generator().manual_seed(0)
+    labels = torch.randint(4096, (2, 512), generator=gen)
+    labels[:, :200] = IGNORE
+    num = int((labels != IGNORE).sum())
+    hidden = torch.randn(2, 512, 256, generator=gen)
+    weight = torch.randn(4096, 256, generator=gen) / 16
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        x = hidden.to(device, dtype).requires_grad_()
+        head = nn.Linear(256, 4096, bias=False, device=device, dtype=dtype)
+        head.weight.data.copy_(weight)
+        targets = labels.to(device)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, _ = causal_lm_loss(x, targets, head, chunk=128, num_targets=num)
+            (loss / num).backward()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        assert x.grad is not None and head.weight.grad is not None
+        found.append([t.float().cpu() for t in (loss, x.grad, head.weight.grad)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() / a.norm() < 1e-2

@@ -213,3 +213,24 @@ def test_the_peak_of_host_memory_is_in_bytes() -> None:
     status = Path("/proc/self/status").read_text().splitlines()
     high = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
     assert abs(high - before) < 64 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_cap_is_enforced_and_explained() -> None:
+    place = Single(Place(device="cuda", vram="1GiB"))
+    try:
+        held = torch.empty(600 << 20, dtype=torch.uint8, device=place.device)
+        line = r"out of GPU memory: .* asked for, (1.00 GiB|1024.00 MiB) are allowed; use less"
+        with pytest.raises(PlacementError, match=line), out_of_memory_is_explained("use less"):
+            torch.empty(600 << 20, dtype=torch.uint8, device=place.device)
+        assert place.memory().reserved_bytes >= held.numel()
+        del held
+        place.reset_memory()
+        assert place.memory().reserved_bytes < 100 << 20
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, place.device)
+    with pytest.raises(PlacementError, match=r"place.vram=.* but cuda:0 has"):
+        Single(Place(device="cuda", vram="4000GiB"))
+    with pytest.raises(PlacementError, match="the last GPU is"):
+        Single(Place(device="cuda:77"))

@@ -27,6 +27,7 @@ eagerly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,13 +50,16 @@ def register() -> str:
     return PACKED
 
 
-def attention_name(model_class: Any) -> str:
+def attention_name(model_class: Any, config: Any = None) -> str:
     """The attention that a transformers model class should be built with.
 
     `PACKED` needs a family whose layers call the attention interface and hand on its extra
     arguments, which transformers marks with two class attributes; the others keep what transformers
-    picks for them.
+    picks for them. Soft-capped scores (`config`) have no fused kernel here: some versions of
+    transformers would leave the cap out in silence.
     """
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "eager"
     through_interface = bool(getattr(model_class, "_supports_attention_backend", False))
     sdpa = bool(getattr(model_class, "_supports_sdpa", False))
     if sdpa and through_interface:
@@ -66,11 +70,11 @@ def attention_name(model_class: Any) -> str:
 def document_offsets(
     allowed: Allowed, *, rows: int, length: int, device: torch.device
 ) -> Tensor | None:
-    """Offsets of the documents of `rows` rows laid end to end, int32 [documents + 1]; None if the
-    mask is not causal.
+    """Offsets of the documents of `rows` rows laid end to end; None if the mask is not causal.
 
-    allowed(row, head, query, key) is transformers' mask predicate; it is asked only about
-    neighbours.
+    Returns int32 [documents + 1, longest document]: the offsets, and, for the price of a stride of
+    0, the one size that a kernel's launch needs on the host. allowed(row, head, query, key) is
+    transformers' mask predicate; it is asked about neighbours only.
     """
     here = torch.arange(1, length, device=device)[None, :].expand(rows, -1)
     row = torch.arange(rows, device=device)[:, None].expand_as(here)
@@ -79,13 +83,19 @@ def document_offsets(
     sees_next = torch.as_tensor(allowed(row, head, here - 1, here), device=device)
     begins = torch.ones(rows, length, dtype=torch.bool, device=device)
     begins[:, 1:] = ~sees_previous.expand_as(here)
-    begins[
-        :, 0
-    ] &= ~sees_next.any()  # one read for both questions: no begin at all means "not causal"
+    begins[:, 0] &= ~sees_next.any()  # one read for both questions: no begin means "not causal"
     starts = begins.flatten().nonzero().flatten()
-    if starts.numel() == 0 or int(starts[0]) != 0:
+    edges = [*starts.tolist(), rows * length]
+    if edges[0] != 0:
         return None
-    return torch.cat([starts, starts.new_tensor([rows * length])]).to(torch.int32)
+    longest = max(end - begin for begin, end in pairwise(edges))
+    offsets = torch.cat([starts, starts.new_full((1,), rows * length)]).to(torch.int32)
+    return offsets[:, None].expand(-1, longest)
+
+
+def is_offsets(mask: Tensor | None) -> bool:
+    """Whether an `attention_mask` is what `document_offsets` made; transformers' have four dims."""
+    return mask is not None and mask.dim() == 2 and mask.dtype == torch.int32
 
 
 def packed_mask(
@@ -147,12 +157,16 @@ def packed_attention(
     """Attention of one layer: [rows, heads, L, dim] -> [rows, L, heads, dim], as transformers'
     interface has it.
 
-    Given document offsets (a one-dimensional `attention_mask`) no pair crosses a document;
-    otherwise transformers' sdpa.
+    Given document offsets as `attention_mask` no pair crosses a document; otherwise transformers'
+    sdpa.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is None or attention_mask.dim() != 1:
+    if any(kwargs.get(word) is not None for word in ("softcap", "position_bias", "s_aux")):
+        raise ValueError(
+            "packed attention has no soft cap, position bias or sink: build it with eager attention"
+        )
+    if attention_mask is None or not is_offsets(attention_mask):
         words = (
             dict(kwargs) if sliding_window is None else {**kwargs, "sliding_window": sliding_window}
         )
@@ -160,10 +174,6 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **words
         )
         return output
-    if any(kwargs.get(word) is not None for word in ("softcap", "position_bias", "s_aux")):
-        raise ValueError(
-            "packed attention has no soft cap, position bias or sink: build it with eager attention"
-        )
     rows, heads, length, _ = query.shape
     group = heads // key.shape[1]
 
@@ -179,8 +189,8 @@ def packed_attention(
         q,
         k,
         v,
-        attention_mask,
-        longest=length,
+        attention_mask[:, 0],
+        longest=attention_mask.shape[1],
         scale=scaling,
         window=sliding_window,
         dropout=dropout,
@@ -202,16 +212,16 @@ def document_attention(
     """Causal attention inside each document: q, k [tokens, heads, dim], v [tokens, heads, dim_v] ->
     like v.
 
-    offsets: int32 [documents + 1]. longest: a bound on a document's tokens; it only sizes the
-    kernel's launch, so the length of a row will do and no host read is needed. window: a token sees
-    itself and the window - 1 before it.
+    offsets: int32 [documents + 1]. longest: tokens of the longest document, or a bound on them; it
+    only sizes the kernel's launch. window: a token sees itself and the window - 1 before it.
     """
     if not dropout and has_varlen_kernel(q, v):
         from torch.nn.attention.varlen import varlen_attn
 
+        cuts = offsets.contiguous()
         left = -1 if window is None else window - 1
         out = varlen_attn(
-            q.contiguous(), k.contiguous(), v.contiguous(), offsets, offsets, longest, longest,
+            q.contiguous(), k.contiguous(), v.contiguous(), cuts, cuts, longest, longest,
             scale=scale, window_size=(left, 0),
         )  # fmt: skip
         assert isinstance(out, Tensor)

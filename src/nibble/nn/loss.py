@@ -12,7 +12,7 @@ f is the family's logit transform (soft cap, scale). Backward only multiplies by
 number, which is exact as the loss is a sum. Logits, softmax and dL/dW are fp32; the products are in
 the type of h, as a plain head's would be.
 
-Costs: h of the rows with targets once more, chunk * V * (8 + size of h) bytes while it runs, and V
+Costs: h of the rows with targets once more, chunk * V * (4 + size of h) bytes while it runs, and V
 * D * 4 bytes for dL/dW if the head is trained. Nothing is computed twice. A head that is not a
 plain linear layer (wrapped by an adapter, quantised) is called as it is, chunk by chunk under
 activation checkpointing: the head is then run twice. Not a kernel: the matrix products dominate
@@ -52,6 +52,10 @@ def causal_lm_loss(
     counting them reads from the device.
     """
     rows, targets = select_targets(hidden, labels, num_targets=num_targets)
+    if transform is not None:
+        probe = torch.zeros(1)
+        if transform(probe) is probe:  # nothing to do: the faster way without fp32 logits
+            transform = None
     if type(head) is nn.Linear:
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
@@ -113,7 +117,6 @@ class _FusedLoss(torch.autograd.Function):
         transform: LogitTransform | None,
     ) -> Tensor:
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        need_grad = any(ctx.needs_input_grad)
         with torch.autocast(rows.device.type, enabled=False):
             head = weight.to(rows.dtype)
             grad_rows = torch.empty_like(rows) if needs_rows else None
@@ -124,21 +127,22 @@ class _FusedLoss(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=rows.device)
             for begin in range(0, rows.shape[0], chunk):
                 part = slice(begin, begin + chunk)
-                raw = F.linear(rows[part], head).float()
-                if bias is not None:
-                    raw += bias
-                loss, grad = _chunk_loss(raw, targets[part], transform, need_grad=need_grad)
+                loss, grad = _chunk_loss(
+                    _logits(rows[part], head, bias),
+                    targets[part],
+                    transform,
+                    need_grad=any(ctx.needs_input_grad),
+                )
                 total += loss
                 if grad is None:
                     continue
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                low = grad.to(rows.dtype)
-                del raw, grad
+                    grad_bias += grad.sum(0, dtype=torch.float32)
+                grad = grad.to(rows.dtype)
                 if grad_rows is not None:
-                    torch.mm(low, head, out=grad_rows[part])
+                    torch.mm(grad, head, out=grad_rows[part])
                 if grad_weight is not None:
-                    grad_weight += low.T @ rows[part]
+                    grad_weight += grad.T @ rows[part]
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -156,25 +160,38 @@ class _FusedLoss(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _logits(rows: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    """h W^T, in the type of h, or in fp32 where a bias is added."""
+    raw = F.linear(rows, head)
+    return raw if bias is None else raw.float().add_(bias)
+
+
 def _chunk_loss(
     raw: Tensor, targets: Tensor, transform: LogitTransform | None, *, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of fp32 logits [n, V] and its gradient by them, which may take their memory."""
-    logits = raw
-    if transform is not None:
-        raw = raw.detach().requires_grad_(need_grad)
+    """Summed loss of logits [n, V] in fp32 arithmetic, and its gradient by them.
+
+    The gradient is in the type of `raw`, or fp32 behind a transform. log_softmax reads 16-bit
+    logits and writes fp32 in one kernel; p - 1 of the target is expm1(log p), which keeps the small
+    gradients of well-learnt tokens that 16-bit p - 1 would round to zero.
+    """
+    where = targets[:, None]
+    if transform is None:
+        log_p = F.log_softmax(raw, dim=-1, dtype=torch.float32)
+    else:
+        raw = raw.detach().float().requires_grad_(need_grad)
         with torch.set_grad_enabled(need_grad):
             through = transform(raw)
-        logits = through.detach()
-    log_total = logits.logsumexp(dim=-1, keepdim=True)
-    loss = (log_total - logits.gather(1, targets[:, None])).sum()
+        log_p = F.log_softmax(through.detach(), dim=-1)
+    picked = log_p.gather(1, where)
+    loss = -picked.sum()
     if not need_grad:
         return loss, None
-    in_place = transform is None
-    grad = logits.sub_(log_total).exp_() if in_place else logits.sub(log_total).exp_()
-    grad.scatter_add_(1, targets[:, None], torch.full_like(log_total, -1.0))
-    if transform is not None:
-        (grad,) = torch.autograd.grad(through, raw, grad)
+    if transform is None:
+        grad = torch.exp(log_p, out=raw)  # logits are not needed any more: no memory of its own
+        return loss, grad.scatter_(1, where, picked.expm1_().to(grad.dtype))
+    grad = log_p.exp_().scatter_(1, where, picked.expm1_())
+    (grad,) = torch.autograd.grad(through, raw, grad)
     return loss, grad
 
 
