@@ -1,0 +1,236 @@
+"""Low-rank gradients: bases, projection and what is added back.
+
+For a gradient G [m, n] and orthonormal bases P [m, r] (left) and Q [n, r] (right):
+
+    left   R = P^T G  [r, n]    back(X) = P X         std: the smaller side of G is projected
+    right  R = G Q    [m, r]    back(X) = X Q^T       reverse_std: the larger one
+    full   R = P^T G Q [r, r]   back(X) = P X Q^T     (GaLore, arXiv 2403.03507)
+
+A basis is the r leading singular vectors, or the range of a sketch Y = G S, S Gaussian [n, r]
+(Halko, Martinsson, Tropp, arXiv 0909.4061), made orthonormal by CholeskyQR2 in float32 (arXiv
+1412.3337), or by Householder's QR where Cholesky gives up. R and Y are linear in G, so sums over
+micro-batches and ranks may be taken of them instead of gradients.
+
+What a rule answers to R is U. The whole step is written with a small matrix and a factor a channel:
+
+    update = scale * (back(X) + f o G)
+    none     X = U               f = 0
+    fira     X = U - c phi o R   f = c phi      phi_j = |U_j| / |R_j|          (arXiv 2410.01623)
+    channel  X = 0               f = c phi      phi as in fira                 (arXiv 2412.05270)
+    tensor   X = 0               f = c phi      phi = |U| / |R|                (the same)
+
+Channels run along the side that is not projected; c <= 1 holds the norm of the part that was not
+projected to `norm_growth` times that of the step before. Stored bases may be int8 or int4, two
+codes a byte.
+
+Costs: svd min(m, n) m n fp32 flops many times over; a sketch 2 m n r and its QR about 6 m r^2 in
+fp32. One check whether Cholesky succeeded waits for the device, once a refresh. It keeps nothing
+and knows no parameters, steps or seeds: generators are given.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nibble.spec.lowrank import STORAGE_BLOCK
+
+JITTER = 1e-3
+"""Noise added to a sketch, as a share of a column's norm: it stands in for missing rank."""
+ORTHONORMAL_TOLERANCE = 1e-3
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def orthonormalise(sketch: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Orthonormal basis, float32 [m, r], of the range of `sketch` [m, r], r <= m.
+
+    Seeded noise of JITTER of a column's norm is added first: a gradient of fewer tokens than r has
+    no r directions, and those that rounding would choose are not the same on every run. The
+    diagonal of the triangular factor is positive, so equal sketches give equal bases.
+    """
+    noise = torch.randn(sketch.shape, generator=generator, device=sketch.device)
+    # Columns of one length condition the Gram matrix as well as a diagonal can.
+    columns = _unit_columns(sketch.float()).add_(noise, alpha=JITTER / math.sqrt(sketch.shape[0]))
+    columns = _unit_columns(columns)
+    once, failed_first = _cholesky_qr(columns)
+    basis, failed_second = _cholesky_qr(once)
+    gram = basis.mT @ basis
+    gram.diagonal().sub_(1)
+    wrong = gram.abs().amax()
+    # A comparison with NaN is false: `not <=` sends what is not finite to Householder as well.
+    if bool((failed_first | failed_second) | ~(wrong <= ORTHONORMAL_TOLERANCE)):
+        return householder(columns)
+    return basis
+
+
+def _unit_columns(columns: Tensor) -> Tensor:
+    """Columns of norm 1; columns of zeros stay."""
+    norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return columns / norms.clamp_(min=_TINY)
+
+
+def _cholesky_qr(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q of columns = Q R by the Cholesky factor of their Gram matrix, and whether that failed."""
+    upper, info = torch.linalg.cholesky_ex(columns.mT @ columns, upper=True)
+    return torch.linalg.solve_triangular(upper, columns, upper=True, left=False), info != 0
+
+
+def householder(columns: Tensor) -> Tensor:
+    """Q of a QR decomposition by reflections, float32, with a positive diagonal of R."""
+    basis: Tensor
+    basis, upper = torch.linalg.qr(columns.float())
+    return basis * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+
+
+def svd_basis(matrix: Tensor, *, rank: int, side: str) -> Tensor:
+    """The `rank` leading singular vectors of `matrix` [m, n] on one side, float32.
+
+    Raises torch.linalg.LinAlgError where the decomposition does not converge.
+    """
+    left: Tensor
+    right: Tensor
+    left, _, right = torch.linalg.svd(matrix.float(), full_matrices=False)
+    return left[:, :rank].contiguous() if side == "left" else right[:rank].mT.contiguous()
+
+
+def sketch(matrix: Tensor, *, rank: int, side: str, generator: torch.Generator) -> Tensor:
+    """Product of `matrix` [m, n] or its transpose with Gaussian columns: float32, [side, rank].
+
+    The same generator state gives the same columns, so sketches of micro-batches add up.
+    """
+    oriented = matrix if side == "left" else matrix.mT
+    shape = (oriented.shape[1], rank)
+    columns = torch.randn(shape, generator=generator, device=matrix.device, dtype=torch.float32)
+    return (oriented @ columns.to(matrix.dtype)).float()
+
+
+def randomised_basis(
+    matrix: Tensor,
+    *,
+    rank: int,
+    side: str,
+    generator: torch.Generator,
+    num_power_iterations: int = 1,
+) -> Tensor:
+    """Basis of the dominant range of `matrix` [m, n] on one side, float32 [side, rank].
+
+    A power iteration takes the singular values to the third power, for two more products.
+    """
+    basis = orthonormalise(
+        sketch(matrix, rank=rank, side=side, generator=generator), generator=generator
+    )
+    oriented = matrix if side == "left" else matrix.mT
+    for _ in range(num_power_iterations):
+        inner = oriented.mT @ basis.to(matrix.dtype)
+        inner = orthonormalise(inner, generator=generator).to(matrix.dtype)
+        basis = orthonormalise(oriented @ inner, generator=generator)
+    return basis
+
+
+def random_basis(dim: int, *, rank: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns in directions of no preference, float32 [dim, rank]."""
+    columns = torch.randn(dim, rank, generator=generator, device=generator.device)
+    return orthonormalise(columns, generator=generator)
+
+
+def gaussian_projection(dim: int, *, rank: int, generator: torch.Generator) -> Tensor:
+    """Entries N(0, 1/rank), float32 [dim, rank]: keeps norms in the mean, cheap to make again.
+
+    The projection of APOLLO, arXiv 2412.05270. Its columns are not orthonormal.
+    """
+    columns = torch.randn(dim, rank, generator=generator, device=generator.device)
+    return columns.div_(math.sqrt(rank))
+
+
+def project(matrix: Tensor, *, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """R, float32, of `matrix` [m, n]; products are in the matrix's type."""
+    small = matrix
+    if left is not None:
+        small = left.to(matrix.dtype).mT @ small
+    if right is not None:
+        small = small @ right.to(matrix.dtype)
+    return small.float()
+
+
+def project_back(small: Tensor, *, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """back(small), in the type of `small` [r, n], [m, r] or [r, r]."""
+    whole = small
+    if right is not None:
+        whole = whole @ right.to(small.dtype).mT
+    if left is not None:
+        whole = left.to(small.dtype) @ whole
+    return whole
+
+
+def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
+    """Mean squared cosine of the angles between two subspaces, given by bases [m, r]; a scalar.
+
+    1 for equal spans whatever the bases, r/m for random ones: the measure of how steady a basis is
+    (Q-GaLore, arXiv 2407.08296, which compares the bases' columns and so their signs too).
+    """
+    return (one.float().mT @ other.float()).square().sum() / one.shape[1]
+
+
+def channel_ratios(updates: Tensor, grads: Tensor, *, dim: int) -> Tensor:
+    """|U_j| / |R_j| along `dim`, kept as a dim of 1; 0 where R_j is 0."""
+    sizes = torch.linalg.vector_norm(grads, dim=dim, keepdim=True)
+    ratios = torch.linalg.vector_norm(updates, dim=dim, keepdim=True) / sizes.clamp(min=_TINY)
+    return torch.where(sizes > 0, ratios, 0.0)
+
+
+def tensor_ratio(updates: Tensor, grads: Tensor) -> Tensor:
+    """|U| / |R| of whole tensors, a scalar; 0 where R is 0."""
+    size = torch.linalg.vector_norm(grads)
+    ratio = torch.linalg.vector_norm(updates) / size.clamp(min=_TINY)
+    return torch.where(size > 0, ratio, 0.0)
+
+
+def growth_factor(norm: Tensor, previous: Tensor, *, norm_growth: float) -> Tensor:
+    """c that holds c * norm to at most norm_growth * previous; 1 where there was none (0).
+
+    Fira's limiter, arXiv 2410.01623, section 4.3: it turns spikes into a slow rise.
+    """
+    limit = norm_growth * previous / norm.clamp(min=_TINY)
+    return torch.where(previous > 0, limit.clamp(max=1.0), 1.0)
+
+
+def pack_basis(basis: Tensor, *, storage: str) -> tuple[Tensor, ...]:
+    """A basis [m, r] as `storage` keeps it: (values,) or (codes, scales).
+
+    int8 and int4 are symmetric around 0, rounded to nearest, with one scale for each 256 elements
+    of the flattened basis; int4 has two codes a byte, the first in the low half.
+    """
+    if storage == "fp32":
+        return (basis.float(),)
+    if storage == "bf16":
+        return (basis.to(torch.bfloat16),)
+    levels = 127 if storage == "int8" else 7
+    flat = basis.float().reshape(-1)
+    blocks = torch.constant_pad_nd(flat, (0, -flat.numel() % STORAGE_BLOCK)).view(-1, STORAGE_BLOCK)
+    scales = blocks.abs().amax(dim=1) / levels
+    codes = (blocks / scales.clamp(min=_TINY).unsqueeze(1)).round_().clamp_(-levels, levels)
+    if storage == "int8":
+        return codes.to(torch.int8).view(-1)[: flat.numel()].view(basis.shape), scales
+    pairs = (codes + 8).to(torch.uint8).view(-1, 2)
+    packed = pairs[:, 0] | (pairs[:, 1] << 4)
+    return packed[: -(-flat.numel() // 2)].clone(), scales
+
+
+def unpack_basis(
+    stored: tuple[Tensor, ...], *, storage: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The basis of `shape` in `dtype` that `pack_basis` has stored."""
+    if storage in ("fp32", "bf16"):
+        return stored[0].to(dtype)
+    codes, scales = stored
+    num_elements = shape[0] * shape[1]
+    if storage == "int4":
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(-1)[:num_elements]
+        values = codes.float().sub_(8)
+    else:
+        values = codes.reshape(-1).float()
+    padded = torch.constant_pad_nd(values, (0, -num_elements % STORAGE_BLOCK))
+    whole = padded.view(-1, STORAGE_BLOCK) * scales.unsqueeze(1)
+    return whole.view(-1)[:num_elements].view(shape).to(dtype)
