@@ -12,7 +12,7 @@ f is the family's logit transform (soft cap, scale). Backward only multiplies by
 number, which is exact as the loss is a sum. Logits, softmax and dL/dW are fp32; the products are in
 the type of h, as a plain head's would be.
 
-Costs: h of the rows with targets once more, chunk * V * (4 + size of h) bytes while it runs, and V
+Costs: h of the rows with targets once more, chunk * V * (8 + size of h) bytes while it runs, and V
 * D * 4 bytes for dL/dW if the head is trained. Nothing is computed twice. A head that is not a
 plain linear layer (wrapped by an adapter, quantised) is called as it is, chunk by chunk under
 activation checkpointing: the head is then run twice. Not a kernel: the matrix products dominate
@@ -188,7 +188,7 @@ def _chunk_loss(
     if not need_grad:
         return loss, None
     if transform is None:
-        grad = torch.exp(log_p, out=raw)  # logits are not needed any more: no memory of its own
+        grad = torch.exp(log_p, out=raw)  # where the logits were
         return loss, grad.scatter_(1, where, picked.expm1_().to(grad.dtype))
     grad = log_p.exp_().scatter_(1, where, picked.expm1_())
     (grad,) = torch.autograd.grad(through, raw, grad)
