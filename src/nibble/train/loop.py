@@ -29,10 +29,10 @@ from nibble.place.base import Placement
 from nibble.train.checkpoint import Checkpoints, all_finite
 from nibble.train.interrupt import Interrupt
 from nibble.train.metrics import Meter, StepResult
-from nibble.use.objective import Objective
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
 from nibble.train.state import TrainState
+from nibble.use.objective import Objective
 
 MIN_LOSS_SCALE = 1.0
 Evaluate = Callable[[Callable[[], bool]], float | None]
