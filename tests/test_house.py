@@ -25,7 +25,6 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"use"}),
     frozenset({"train"}),
     frozenset({"run"}),
-    frozenset({"demo"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import NibbleError
+from nibble.errors import NibbleError
 
 if TYPE_CHECKING:
-    from ..spec.config import Recipe
+    from nibble.spec.config import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    from .app import app
+    from nibble.cli.app import app
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -63,6 +63,6 @@ def explain(error: Exception) -> str | None:
 
 def train_recipe(recipe: Recipe, *, resume: bool = False) -> None:
     """Plan, train and say how to go on: what `nibble train` and train.py do."""
-    from .training import train_recipe as run
+    from nibble.cli.training import train_recipe as run
 
     run(recipe, resume=resume)

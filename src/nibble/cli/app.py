@@ -33,12 +33,12 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="Print plan and recipe, then stop.")] = False,
 ) -> None:
     """Plan, load, train, checkpoint. Override with key=value or --key value."""
-    from ..spec.load import dump_recipe, load_recipe
-    from . import train_recipe
+    from nibble.cli import train_recipe
+    from nibble.spec.load import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, context.args)
     if dry_run:
-        from .planning import show_plan
+        from nibble.cli.planning import show_plan
 
         typer.echo(dump_recipe(loaded))
         show_plan(loaded, as_json=False)
@@ -53,8 +53,8 @@ def plan(
     json: Annotated[bool, typer.Option(help="For programs.")] = False,
 ) -> None:
     """Bytes by category and phase, and tokens per second, before anything is loaded."""
-    from ..spec.load import load_recipe
-    from .planning import show_plan
+    from nibble.cli.planning import show_plan
+    from nibble.spec.load import load_recipe
 
     show_plan(load_recipe(recipe, context.args), as_json=json)
 
@@ -65,7 +65,7 @@ def recipes(
     fields: Annotated[bool, typer.Option(help="Every word of a recipe, with its meaning.")] = False,
 ) -> None:
     """List the built-in recipes, or print one."""
-    from .showing import show_fields, show_recipe, show_recipes
+    from nibble.cli.showing import show_fields, show_recipe, show_recipes
 
     if fields:
         show_fields()
@@ -88,8 +88,8 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a model. Keeps the conversation; drops the oldest turns when the context is full."""
-    from .chatting import chat as run
-    from .chatting import sampling
+    from nibble.cli.chatting import chat as run
+    from nibble.cli.chatting import sampling
 
     run(
         model,
@@ -118,7 +118,7 @@ def evaluate(
     json: Annotated[bool, typer.Option(help="For programs.")] = False,
 ) -> None:
     """Perplexity on a text, loss on a set, metrics of a classification task."""
-    from .evaluating import evaluate as run
+    from nibble.cli.evaluating import evaluate as run
 
     run(
         model,
@@ -144,7 +144,7 @@ def export(
     device: Device = "auto",
 ) -> None:
     """Write a folder that other tools load, and measure how far it is from the trained model."""
-    from .exporting import export as write
+    from nibble.cli.exporting import export as write
 
     write(run, to=to, out=out, max_divergence=max_divergence, device=device)
 
@@ -152,7 +152,7 @@ def export(
 @app.command()
 def doctor() -> None:
     """What this machine has, and what would fail on it."""
-    from .showing import show_doctor
+    from nibble.cli.showing import show_doctor
 
     show_doctor()
 
@@ -163,7 +163,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 40,
 ) -> None:
     """Fine-tune SmolLM2-135M-Instruct on Python's own documentation, from here to a chat."""
-    from ..demo.main import run
+    from nibble.cli.demo import run
 
     run(folder=folder, num_steps=steps)
 
@@ -171,6 +171,6 @@ def demo(
 @app.command()
 def version() -> None:
     """The version of nibble."""
-    from .. import __version__
+    from nibble import __version__
 
     typer.echo(__version__)

@@ -267,7 +267,7 @@ def adapt_(
     for name, module in ready:
         module.reset_parameters_(name, generator=generator)
         module.finish_loading_()
-    return _summary(model, adapter.kind, targets, saved)
+    return summarise(model, adapter.kind, targets, saved)
 
 
 def target_names(
@@ -372,12 +372,13 @@ def _train_everything_(model: nn.Module) -> AdapterSummary:
             "others are quantised; use adapter.kind=lora or quant.format=none"
         )
     model.requires_grad_(True)
-    return _summary(model, "none", [], [])
+    return summarise(model, "none", [], [])
 
 
-def _summary(
-    model: nn.Module, kind: str, targets: Sequence[str], saved: Sequence[str]
+def summarise(
+    model: nn.Module, kind: str, targets: Sequence[str] = (), saved: Sequence[str] = ()
 ) -> AdapterSummary:
+    """Count what is trained and what there is, packed weights by the weights they stand for."""
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_packed, num_logical = 0, 0
     for module in model.modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import DataError
+from nibble.errors import DataError
 
 Message = dict[str, str]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conversation import Message
+from nibble.use.conversation import Message
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import ConfigError
+from nibble.errors import ConfigError
 
 GLUE_METRICS: dict[str, tuple[str, ...]] = {
     "cola": ("matthews", "accuracy"),

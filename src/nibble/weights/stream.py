@@ -144,15 +144,27 @@ class Stream:
 
     def __iter__(self) -> Iterator[tuple[str, Value]]:
         """Read and yield; a value may be yielded under several names."""
+        return self.only(lambda name: True)
+
+    def only(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Value]]:
+        """The same for the parameters whose name is wanted; nothing else is read."""
         for job in self._jobs:
+            names = [self._first[target] for target in job.targets]
+            targets = {name: self._wanted_targets(name, wanted) for name in names}
+            if not any(targets.values()):
+                continue
             for name, value in self._values(job):
-                for target in self._targets_of(name):
+                for target in targets[name]:
                     yield target, value
                 del value
-        if self.report.initialised and self._initialise is not None:
-            for name, fresh in self._initialise(self.report.initialised, self._seed):
-                for target in self._targets_of(name):
+        fresh_names = [n for n in self.report.initialised if self._wanted_targets(n, wanted)]
+        if fresh_names and self._initialise is not None:
+            for name, fresh in self._initialise(fresh_names, self._seed):
+                for target in self._wanted_targets(name, wanted):
                     yield target, fresh
+
+    def _wanted_targets(self, name: str, wanted: Callable[[str], bool]) -> list[str]:
+        return [target for target in self._targets_of(name) if wanted(target)]
 
     def _values(self, job: Job) -> Iterator[tuple[str, Value]]:
         if not job.is_plain:

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from nibble.demo.stdlib_pairs import MAX_CHARACTERS, make_pairs, split, write_jsonl
+from nibble.cli.stdlib_pairs import MAX_CHARACTERS, make_pairs, split, write_jsonl
 
 
 def test_a_few_hundred_pairs_that_repeat(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""`nibble chat`: a conversation in the terminal, or one question from a script.
+
+Answers go to standard output as they are made, everything else to the error stream. Ctrl-C ends an
+answer; Ctrl-D or /quit ends the conversation; /new forgets it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from nibble.cli.loading import Loaded, load, resolve
+from nibble.errors import ConfigError
+from nibble.use.conversation import Message, fit
+from nibble.use.generate import Sampling, generate, render
+
+DEFAULT_CONTEXT = 2048
+
+
+def sampling(
+    *, max_new_tokens: int, temperature: float, top_p: float, seed: int | None
+) -> Sampling:
+    """The words of the command line as values; refuses what would have no effect."""
+    if temperature == 0 and (top_p < 1 or seed is not None):
+        raise ConfigError("--top-p and --seed have no effect without --temperature above 0")
+    return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+class Chat:
+    """A model, the conversation so far, and the room it has."""
+
+    def __init__(self, loaded: Loaded, *, system: str | None, how: Sampling) -> None:
+        self.model, self.tokenizer = loaded.model, loaded.assembly.tokenizer
+        self.how = how
+        context = loaded.assembly.built.family.max_positions or DEFAULT_CONTEXT
+        self.room = context - how.max_new_tokens
+        if self.room < 1:
+            raise ConfigError(
+                f"--max-new-tokens {how.max_new_tokens} leaves no room for a question: the model's "
+                f"context is {context} tokens"
+            )
+        if system is not None and not self.tokenizer.chat_template:
+            raise ConfigError("--system needs a chat template, and this model's tokenizer has none")
+        self.system: list[Message] = (
+            [] if system is None else [{"role": "system", "content": system}]
+        )
+        self.messages: list[Message] = list(self.system)
+
+    def ask(self, question: str, out: Any) -> str:
+        """Add a question, stream the answer to `out`, keep both."""
+        asked = [*self.messages, {"role": "user", "content": question}]
+        if not self.tokenizer.chat_template:
+            # A base model continues a text; it has no turns to remember.
+            asked = [*self.system, {"role": "user", "content": question}]
+        fitted = fit(
+            asked,
+            count_tokens=lambda messages: len(render(self.tokenizer, messages)),
+            max_prompt_tokens=self.room,
+        )
+        if fitted.num_dropped_turns:
+            print(
+                f"(the context is full: the oldest {fitted.num_dropped_turns} turns are forgotten)",
+                file=sys.stderr,
+            )
+
+        def show(text: str) -> None:
+            out.write(text)
+            out.flush()
+
+        prompt = render(self.tokenizer, list(fitted.messages))
+        answer = generate(self.model, self.tokenizer, prompt, sampling=self.how, on_text=show)
+        out.write("\n")
+        self.messages = [*fitted.messages, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def chat(
+    path: str, *, prompt: str | None, system: str | None, how: Sampling, base: bool, device: str
+) -> None:
+    """Load and talk."""
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty: give a question")
+    target = resolve(path, device=device, base=base)
+    if target.recipe.model.task != "causal-lm":
+        raise ConfigError(
+            f"{path} classifies and cannot talk: use nibble eval {path} for its scores"
+        )
+    session = Chat(load(target), system=system, how=how)
+    if prompt is not None:
+        session.ask(prompt, sys.stdout)
+        return
+    converse(session)
+
+
+def converse(session: Chat) -> None:
+    """Read questions until the input ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("Ctrl-C ends an answer, Ctrl-D the talk; /new starts over.", file=sys.stderr)
+    while True:
+        try:
+            line = input("\n> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("(Ctrl-D or /quit ends)", file=sys.stderr)
+            continue
+        if line == "/quit":
+            return
+        if line == "/new":
+            session.messages = list(session.system)
+            continue
+        if not line:
+            continue
+        try:
+            session.ask(line, sys.stdout)
+        except KeyboardInterrupt:
+            print("\n(stopped)", file=sys.stderr)

@@ -1,0 +1,69 @@
+"""`nibble train`: the plan, the run, and what to do next."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from nibble.cli.planning import plan_or_none
+from nibble.spec.config import Recipe
+from nibble.spec.rules import check_trainable
+from nibble.spec.units import show_bytes
+
+if TYPE_CHECKING:
+    from nibble.place.base import Memory
+    from nibble.spec.plan import Plan
+
+
+def train_recipe(recipe: Recipe, *, resume: bool) -> None:
+    """Print the plan, train, and print the commands to go on with."""
+    check_trainable(recipe)
+    console = Console(highlight=False)
+    made = plan_or_none(recipe)
+    if made is not None:
+        from nibble.spec.plan_text import render
+
+        console.print(render(made))
+        console.print()
+    from nibble.run import train
+
+    # Libraries warn about their own future; a run's own messages are lines of its report.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    result = train(recipe, resume=resume)
+    outcome = result.outcome
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    before, after = outcome.eval_loss_before, outcome.eval_loss_after
+    if before is not None and after is not None:
+        console.print(f"held-out loss {before:.4f} before, {after:.4f} after")
+    console.print(measured_line(result.plan, result.memory), markup=False)
+    console.print(f"checkpoint: {outcome.checkpoint}", markup=False)
+    console.print(next_commands(recipe), markup=False)
+
+
+def measured_line(planned: Plan | None, memory: Memory) -> str:
+    """Planned against measured peak memory, of the card or, without one, of the host."""
+    on_card = memory.reserved_bytes > 0
+    measured = memory.reserved_bytes if on_card else memory.host_bytes
+    where = "GPU" if on_card else "host"
+    if planned is None:
+        return f"peak {where} memory {show_bytes(measured)} (not planned)"
+    expected = planned.allocator_bytes if on_card else planned.host_bytes
+    return (
+        f"peak {where} memory {show_bytes(measured)}, planned {show_bytes(expected)} "
+        f"({measured / expected - 1:+.0%})"
+    )
+
+
+def next_commands(recipe: Recipe) -> str:
+    """What a person does with a finished run."""
+    run = recipe.output_dir
+    lines = [] if recipe.model.task == "classification" else [f"nibble chat {run}"]
+    lines.append(f"nibble eval {run}")
+    kinds = ["adapter", "merged"] if recipe.adapter.kind in ("lora", "dora") else ["hf"]
+    lines += [f"nibble export {run} --to {kind}" for kind in kinds]
+    return "\n".join(["", "go on with:", *(f"  {line}" for line in lines)])

@@ -1,0 +1,194 @@
+"""A recipe's model, put together on the meta device: what training, chatting and exporting share.
+
+    build -> expand -> quantise -> adapt, and the stream of weights that fills it
+
+Nothing is loaded here, so it takes a second for any size. `fill` streams the weights through a
+placement; `lazy.LazyModel` takes the same assembly and fills one block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nibble.data import chat_template
+from nibble.errors import ConfigError
+from nibble.models import Built, build, load_tokenizer
+from nibble.nn.adapters import (
+    AdapterSummary,
+    adapt_,
+    adapters,
+    finish_loading_,
+    reset_parameters_,
+    summarise,
+)
+from nibble.nn.expand import Expansion, expand_
+from nibble.nn.quant import PackedWeight, quantize_
+from nibble.place.base import Placement
+from nibble.spec.config import Recipe
+from nibble.spec.formats import FormatSpec, format_spec
+from nibble.weights import Stream, open_weights, stream
+
+Value = Tensor | PackedWeight
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+Advance = Callable[[int, int], None]
+"""A progress bar's side of a long phase: (done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A model on meta with everything that is needed to fill, train and save it."""
+
+    recipe: Recipe
+    built: Built
+    tokenizer: Any
+    spec: FormatSpec | None
+    expansion: Expansion | None
+    summary: AdapterSummary
+    weights: Stream | None
+    trained_names: frozenset[str]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, changed in place by whoever fills it."""
+        return self.built.model
+
+    def values(
+        self, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[tuple[str, Value]]:
+        """(name, value) of the base's parameters; random ones when training from scratch."""
+        if self.weights is None:
+            for name, tensor in self.built.random_weights(seed=self.recipe.train.seed):
+                if wanted(name):
+                    yield name, tensor
+            return
+        for name, value in self.weights.only(wanted):
+            if self.expansion is not None and isinstance(value, Tensor):
+                value = self.expansion.value_of(name, value)
+            yield name, value
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """The type that the model computes in."""
+    return DTYPES[recipe.train.precision]
+
+
+def storage_dtype(recipe: Recipe) -> torch.dtype:
+    """The type of the base's 16-bit weights; fp32 where fp16 would lose the updates of what is
+    trained."""
+    trains_base = recipe.adapter.kind in ("none", "expand")
+    if recipe.train.precision == "fp16" and trains_base:
+        return torch.float32
+    return compute_dtype(recipe)
+
+
+def adapter_dtype(recipe: Recipe) -> torch.dtype:
+    """The type of what is trained beside the base."""
+    if recipe.train.adapter_precision == "bf16":
+        return torch.bfloat16
+    return torch.float32
+
+
+def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = True) -> Assembly:
+    """Build, expand, quantise and adapt the recipe's model on the meta device.
+
+    `num_labels` is what the data holds, where the recipe leaves it open. With `to_train` false a
+    quantised base may stand alone, as it is only asked. Raises WeightError
+    for a checkpoint that is missing, damaged or of another model, ConfigError for words that fit
+    nothing.
+    """
+    words = recipe.model
+    if words.task == "classification" and words.num_labels is None and num_labels is not None:
+        words = words.model_copy(update={"num_labels": num_labels})
+    built = build(words, dtype=storage_dtype(recipe))
+    model = built.model
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    tokenizer = load_tokenizer(words, num_embeddings=embeddings.num_embeddings)
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = chat_template(tokenizer, override=recipe.data.chat_template)
+    weights = None
+    spec = format_spec(recipe.quant)
+    expansion = None
+    if recipe.adapter.kind == "expand":
+        blocks = model.get_submodule(built.family.block_path)
+        assert isinstance(blocks, nn.ModuleList)
+        expansion = expand_(model, blocks, recipe.adapter.num_new_blocks)
+    if not words.from_scratch:
+        source = open_weights(built.path)
+        spec = _stored_format(spec, source.packed_spec, recipe, to_train=to_train)
+        weights = stream(
+            source,
+            built.skeleton,
+            transposed=built.transposed,
+            targets_of=None if expansion is None else expansion.targets_of,
+            initialise=built.initial_values if words.task == "classification" else None,
+            seed=recipe.train.seed,
+        )
+    keep = (*recipe.quant.keep, *(expansion.names if expansion else ()))
+    quantize_(model, spec, keep=keep, kernels=recipe.quant.kernels)
+    if to_train or recipe.adapter.kind != "none":
+        summary = adapt_(
+            model,
+            recipe.adapter,
+            dtype=adapter_dtype(recipe),
+            generator=torch.Generator().manual_seed(recipe.train.seed),
+            expansion=expansion,
+        )
+    else:
+        model.requires_grad_(False)
+        summary = summarise(model, "none")
+    trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    return Assembly(
+        recipe=recipe,
+        built=built,
+        tokenizer=tokenizer,
+        spec=spec,
+        expansion=expansion,
+        summary=summary,
+        weights=weights,
+        trained_names=trained,
+    )
+
+
+def _stored_format(
+    wanted: FormatSpec | None, stored: FormatSpec | None, recipe: Recipe, *, to_train: bool
+) -> FormatSpec | None:
+    """The format of the frozen base: a checkpoint that is quantised already keeps its own."""
+    if stored is None or wanted == stored:
+        return wanted
+    if wanted is None:
+        if to_train and recipe.adapter.kind == "none":
+            raise ConfigError(
+                f"{recipe.model.path} is quantised to {stored.name} already and cannot be trained "
+                "in full: set adapter.kind=lora, or take the original model"
+            )
+        return stored
+    if wanted.name == stored.name:
+        return stored
+    raise ConfigError(
+        f"{recipe.model.path} is quantised to {stored.name} already, the recipe asks for "
+        f"{wanted.name}: leave quant.format out, or take the original model"
+    )
+
+
+def fill(
+    assembly: Assembly, place: Placement, *, checkpointing: str, advance: Advance | None = None
+) -> nn.Module:
+    """Give the model storage where it will live and stream its weights in, quantised on arrival."""
+    model = place.arrange(assembly.built, activation_checkpointing=checkpointing)
+    total = 0 if assembly.weights is None else len(assembly.weights)
+    for done, (name, value) in enumerate(assembly.values(), start=1):
+        place.load(model, name, value)
+        if advance is not None:
+            advance(done, max(total, done))
+    reset_parameters_(model, generator=torch.Generator().manual_seed(assembly.recipe.train.seed))
+    finish_loading_(model)
+    fresh = [p for a in adapters(model).values() for p in a.parameters(recurse=False)]
+    place.check_loaded(model, initialised=fresh)
+    return model
