@@ -50,13 +50,17 @@ def train(
 def plan(
     context: typer.Context,
     recipe: RecipeName,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Plan for this card, such as rtx4090; default: this machine's."),
+    ] = None,
     json: Annotated[bool, typer.Option(help="For programs.")] = False,
 ) -> None:
     """Bytes by category and phase, and tokens per second, before anything is loaded."""
     from nibble.cli.planning import show_plan
     from nibble.spec.load import load_recipe
 
-    show_plan(load_recipe(recipe, context.args), as_json=json)
+    show_plan(load_recipe(recipe, context.args), as_json=json, gpu=gpu)
 
 
 @app.command()

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 
 import typer
 
-from nibble.errors import PlanError, WeightError
+from nibble.errors import ConfigError, PlanError, WeightError
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
+from nibble.spec.hardware import hardware
 from nibble.spec.plan import Plan, plan
+from nibble.use.machine import card_names
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe on the hardware that it names."""
+def make_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan:
+    """The plan of a recipe on the named card, or on this machine's; without one, on the CPU."""
     shapes = architecture(recipe.model, num_labels=recipe.model.num_labels)
-    return plan(recipe, architecture=shapes)
+    names = card_names() if gpu is None else (gpu,)
+    device = recipe.place.device
+    on_cpu = device == "cpu" or (device == "auto" and not names)
+    card = None
+    if not on_cpu and names:
+        # A card that the table does not know is planned for without a speed, unless it was named.
+        with nullcontext() if gpu is not None else suppress(ConfigError):
+            card = hardware(names[0])
+    return plan(recipe, architecture=shapes, hardware=card, on_cpu=on_cpu)
 
 
 def plan_or_none(recipe: Recipe) -> Plan | None:
@@ -26,9 +37,9 @@ def plan_or_none(recipe: Recipe) -> Plan | None:
         return None
 
 
-def show_plan(recipe: Recipe, *, as_json: bool) -> None:
+def show_plan(recipe: Recipe, *, as_json: bool, gpu: str | None = None) -> None:
     """Print the plan; a plan that does not fit its `place.vram` says so and what would."""
-    made = make_plan(recipe)
+    made = make_plan(recipe, gpu=gpu)
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=1))
         return

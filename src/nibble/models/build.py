@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nibble.errors import ConfigError, WeightError
 from nibble.models.conv1d import replace_conv1d_
 from nibble.models.family import Family, describe
-from nibble.models.gguf_config import gguf_config
+from nibble.models.gguf_cache import read_config as read_gguf_config
 from nibble.models.initialise import initial_values, random_weights
 from nibble.models.locate import locate, read_config, refuse_pickle
 from nibble.spec.config import Model
@@ -97,7 +97,7 @@ def load_config(
     from transformers import AutoConfig
 
     if path.suffix == ".gguf":
-        return gguf_config(path), None
+        return read_gguf_config(path), None
     raw = read_config(path)
     _check_family(raw, path, trust_remote_code=trust_remote_code)
     try:

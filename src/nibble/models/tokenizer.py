@@ -8,14 +8,12 @@ at token values.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from nibble.errors import WeightError
-from nibble.models.gguf_config import require_gguf
+from nibble.models.gguf_cache import read_tokenizer
 from nibble.models.locate import locate
 from nibble.spec.config import Model
-from nibble.spec.gguf import read_gguf_header
 
 PAD_CANDIDATES = (
     "<|finetune_right_pad_id|>",
@@ -41,8 +39,7 @@ def load_tokenizer(model: Model, *, num_embeddings: int | None = None) -> Any:
     path = locate(named, revision=revision, with_code=model.trust_remote_code)
     try:
         if path.suffix == ".gguf":
-            require_gguf()
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = read_tokenizer(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=model.trust_remote_code
@@ -53,8 +50,6 @@ def load_tokenizer(model: Model, *, num_embeddings: int | None = None) -> Any:
             f"{path} has no tokenizer that can be read ({reason}): set model.tokenizer to a "
             "folder or hub id"
         ) from None
-    if path.suffix == ".gguf" and not tokenizer.chat_template:
-        tokenizer.chat_template = _gguf_chat_template(path)
     if num_embeddings is not None:
         check_vocabulary(tokenizer, num_embeddings=num_embeddings, name=named)
     tokenizer.padding_side = "right"
@@ -82,8 +77,3 @@ def _borrow_pad_token_(tokenizer: Any) -> None:
             return
     if tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def _gguf_chat_template(path: Path) -> str | None:
-    template = read_gguf_header(path).values.get("tokenizer.chat_template")
-    return None if template is None else str(template)

@@ -27,7 +27,7 @@ class TensorFile(Mapping[str, Tensor]):
             self._file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise WeightError(f"{path} cannot be read ({error}): use another checkpoint") from None
-        self._names = tuple(self._file.keys())
+        self._names = tuple(self._file.keys())  # type: ignore[no-untyped-call]
         self._known = frozenset(self._names)
 
     def __getitem__(self, name: str) -> Tensor:

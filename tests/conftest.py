@@ -1,0 +1,17 @@
+"""Every test is offline, single-threaded and away from the user's caches.
+
+Set before torch or a hub library is imported: several processes of tests share few cores, where one
+thread each is fastest, and no test may find or leave anything in the home folder.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nibble-test-cache-")
