@@ -91,6 +91,24 @@ def test_loss_and_gradients_are_transformers(kind: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "opt"])
+def test_causal_models_are_not_given_the_mask_of_padding(kind: str) -> None:
+    """It would change nothing but the speed; that loss and gradients stay is the test above."""
+    net = model(kind)
+    family = describe(net)
+    given: list[object] = []
+    family.decoder(net).register_forward_pre_hook(
+        lambda module, inputs, words: given.append(words.get("attention_mask")), with_kwargs=True
+    )
+    ids, labels, mask = rows()
+    batch = batch_of(ids, labels, mask=mask)
+    loss_of = objective(family, task="causal-lm", chunk=16)
+    loss = loss_of(net, batch)
+    assert given == [None]
+    other = batch_of(ids.masked_fill(mask == 0, 7), labels, mask=mask)
+    torch.testing.assert_close(loss_of(net, other), loss, rtol=0, atol=0)
+
+
 def test_packed_rows_lose_what_their_documents_lose_alone() -> None:
     import transformers as t
 

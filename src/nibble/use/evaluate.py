@@ -79,7 +79,7 @@ def _window(ids: torch.Tensor) -> Batch:
     return Batch(
         input_ids=ids[None],
         labels=labels,
-        position_ids=torch.arange(len(ids))[None],
+        position_ids=None,
         attention_mask=None,
         num_targets=len(ids) - 1,
         num_tokens=len(ids),

@@ -60,11 +60,14 @@ def objective(family: Family, *, task: str, chunk: int) -> Objective:
 def call(module: nn.Module, batch: Batch, family: Family) -> Any:
     """Call a transformers model with what the batch holds and the family takes.
 
-    Only packed rows bring position ids: they start again with each document, and that is what tells
+    The mask of padding goes to classifiers only. Rows are padded on the right, so under a causal
+    mask no token that counts sees padding, and padding itself has no targets: without the mask the
+    loss and its gradients are the same, and attention may use its fast causal form. Only packed rows bring position ids: they start again with each document, and that is what tells
     documents apart. For the others the family counts in its own way (OPT and RoBERTa not from 0).
     """
     words: dict[str, object] = {"input_ids": batch.input_ids}
-    if batch.attention_mask is not None:
+    is_classification = batch.labels.dim() == 1
+    if batch.attention_mask is not None and is_classification:
         words["attention_mask"] = batch.attention_mask
     if batch.position_ids is not None:
         assert family.can_pack, "packed rows need a family that keeps documents apart"
