@@ -11,6 +11,8 @@ stand between caller and rule. Everything is a *list* of float32 tensors, taken 
 
     adamw      M = b1 M + (1-b1) G;  V = b2 V + (1-b2) G^2;
                U = M/(1-b1^t) / (sqrt(V/(1-b2^t)) + eps)                    (arXiv 1412.6980)
+               bias correction "step": sqrt(1-b2^t)/(1-b1^t) M / (sqrt(V) + eps), the form at the
+               end of that paper's section 2; "none": M / (sqrt(V) + eps)
     sgd        U = G
     momentum   M = mu M + G;  U = M                                      (torch.optim.SGD's form)
     lion       U = sign(b1 M + (1-b1) G);  M = b2 M + (1-b2) G                  (arXiv 2302.06675)
@@ -42,14 +44,22 @@ States = Mapping[str, list[Tensor]]
 """Slot name to one float32 tensor for each gradient, in the same order."""
 
 
+BIAS_CORRECTIONS = ("both", "step", "none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """Numbers that rules use; `step` counts from 1 and includes the present update."""
+    """Numbers that rules use; `step` counts from 1 and includes the present update.
+
+    `bias_correction` is adamw's: of both moments, as a factor of the step (eps is not corrected),
+    or none.
+    """
 
     step: int
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9
+    bias_correction: str = "both"
 
 
 def adamw_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
@@ -60,11 +70,14 @@ def adamw_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]
     torch._foreach_mul_(exp_avg_sq, beta2)
     torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - beta2)
     # Both bias corrections go into the denominator: one pass over memory less.
-    correction1 = 1 - beta1**hyper.step
-    correction2 = math.sqrt(1 - beta2**hyper.step)
     denominators = torch._foreach_sqrt(exp_avg_sq)
-    torch._foreach_mul_(denominators, correction1 / correction2)
-    torch._foreach_add_(denominators, hyper.eps * correction1)
+    eps = hyper.eps
+    if hyper.bias_correction != "none":
+        correction1 = 1 - beta1**hyper.step
+        correction2 = math.sqrt(1 - beta2**hyper.step)
+        torch._foreach_mul_(denominators, correction1 / correction2)
+        eps *= correction1 if hyper.bias_correction == "both" else correction1 / correction2
+    torch._foreach_add_(denominators, eps)
     return list(torch._foreach_div(exp_avg, denominators))
 
 

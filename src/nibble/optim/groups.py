@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from nibble.errors import ConfigError
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule, num_warmup_steps
 from nibble.spec.config import Optim
+from nibble.spec.lowrank import low_rank_of
 from nibble.spec.state import optimizer_nbytes, rule_and_codec
 
 
@@ -28,12 +30,14 @@ from nibble.spec.state import optimizer_nbytes, rule_and_codec
 class GroupRule:
     """Parameters whose name `pattern` is found in and that have at most `max_dims` dims.
 
-    `values` are param-group keys (weight_decay, lr, rule, codec, ...) that replace the optimiser's.
+    `values` are param-group keys (weight_decay, lr, rule, codec, rank, ...) that replace the
+    optimiser's. A `required` rule that takes nothing is an error: a target was misspelt.
     """
 
     name: str
     pattern: str
     max_dims: int | None = None
+    required: bool = False
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def matches(self, name: str, param: nn.Parameter) -> bool:
@@ -52,7 +56,10 @@ DEFAULT_RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
-    """What a report says of one group; bytes are of optimiser state."""
+    """What a report says of one group; bytes are of optimiser state.
+
+    With a rank, `num_projected` of its tensors are projected and the others follow the plain rule.
+    """
 
     name: str
     num_tensors: int
@@ -62,6 +69,9 @@ class GroupSummary:
     learning_rate: float
     weight_decay: float
     state_nbytes: int
+    rank: int
+    num_projected: int
+    num_projected_parameters: int
 
 
 def group_parameters(
@@ -69,7 +79,7 @@ def group_parameters(
 ) -> list[dict[str, Any]]:
     """Param groups of the trainable parameters, in the order of the rules, empty ones left out.
 
-    Raises ConfigError for a parameter that no rule matches.
+    Raises ConfigError for a parameter that no rule matches and a required rule that takes none.
     """
     groups: dict[str, list[nn.Parameter]] = {rule.name: [] for rule in rules}
     for name, param in named:
@@ -82,6 +92,12 @@ def group_parameters(
         else:
             raise ConfigError(
                 f"no group rule matches the parameter {name}: end the rules with pattern ''"
+            )
+    for rule in rules:
+        if rule.required and not groups[rule.name]:
+            raise ConfigError(
+                f"the target {rule.pattern!r} of group {rule.name} matches no trainable parameter "
+                "that is left for it: name some, or drop the group"
             )
     return [
         {"params": groups[rule.name], "name": rule.name, **rule.values}
@@ -133,19 +149,27 @@ def build(
 def summarise(optimizer: Optimizer) -> list[GroupSummary]:
     """One line for each group, for reports; the learning rate is the peak."""
     return [
-        GroupSummary(
-            name=group.get("name", f"group {number}"),
-            num_tensors=len(group["params"]),
-            num_parameters=sum(param.numel() for param in group["params"]),
-            rule=group["rule"],
-            codec=group["codec"],
-            learning_rate=group.get("initial_lr", group["lr"]),
-            weight_decay=group["weight_decay"],
-            state_nbytes=optimizer_nbytes(
-                group["rule"],
-                codec=group["codec"],
-                shapes=[tuple(param.shape) for param in group["params"]],
-            ),
-        )
+        _summary(group, default_name=f"group {number}")
         for number, group in enumerate(optimizer.param_groups)
     ]
+
+
+def _summary(group: dict[str, Any], *, default_name: str) -> GroupSummary:
+    low_rank = low_rank_of(group)
+    shapes = [tuple(param.shape) for param in group["params"]]
+    projected = [shape for shape in shapes if low_rank is not None and low_rank.projects(shape)]
+    return GroupSummary(
+        name=group.get("name", default_name),
+        num_tensors=len(shapes),
+        num_parameters=sum(prod(shape) for shape in shapes),
+        rule=group["rule"],
+        codec=group["codec"],
+        learning_rate=group.get("initial_lr", group["lr"]),
+        weight_decay=group["weight_decay"],
+        state_nbytes=optimizer_nbytes(
+            group["rule"], codec=group["codec"], shapes=shapes, low_rank=low_rank
+        ),
+        rank=group["rank"],
+        num_projected=len(projected),
+        num_projected_parameters=sum(prod(shape) for shape in projected),
+    )

@@ -1,16 +1,19 @@
-"""One optimiser, composed of values: an update rule, a codec for its state, and how weights round.
+"""One optimiser, composed of values: an update rule, a codec for its state, how weights round, and
+whether and how gradients are projected.
 
     for each batch of parameters:   states = unpack(stored);  U = rule(G, states);  pack states
                                     W <- (1 - lr * weight_decay) * W - lr * U
 
 A rule (numerics/updates.py) never sees how its state is stored and a codec (states.py) never sees a
-rule, so `rule` x `codec` is a table and not a class for each pair. `_update` is the one place where
-they meet, and where whatever changes a gradient before the rule or an update after it belongs.
+rule, so `rule` x `codec` is a table and not a class for each pair; they meet in `advance`
+(update.py). With a rank, a matrix's rule gets R = P^T G for G and its answer comes back through P
+(projection.py), for every rule and codec; `basis` and `residual` are two more tables
+(spec/lowrank.py), and GaLore, Q-GaLore, Fira and APOLLO are rows over all of them.
 
-Temporaries are bounded and small tensors share launches (batches.py). Nothing waits for the device:
-steps are Python ints and norms stay tensors.
+Temporaries are bounded and small tensors share launches (batches.py). Nothing waits for the device
+between refreshes: steps are Python ints and norms stay tensors.
 
-State is tensors and ints; parameter groups hold numbers and the names of rule and codec. So
+State is tensors and ints; parameter groups hold numbers and words. So
 `torch.load(weights_only=True)` reads it, and a resumed run equals an uninterrupted one bit for bit,
 with stochastic rounding too: its noise is a function of (seed, group, step). It never communicates
 and knows no ranks: sharded parameters are given as their local tensors.
@@ -25,33 +28,40 @@ import torch
 from torch import Tensor
 
 from nibble.errors import CheckpointError, ConfigError
-from nibble.numerics.updates import RULES, Hyper
+from nibble.numerics.updates import RULES
 from nibble.optim.batches import Kind, Piece, batches
-from nibble.optim.states import (
-    DTYPES,
-    Stored,
-    as_float32,
-    new_slot,
-    store_rounded_,
-    unpack,
-    write_back_,
+from nibble.optim.options import check_constructor, check_group, check_projects
+from nibble.optim.projection import (
+    ProjectedPiece,
+    Projection,
+    projected_batches,
+    projections,
+    step_projected_,
 )
-from nibble.spec.state import CODECS, Slot, slot_tensors, slots, state_tensors
+from nibble.optim.states import DTYPES, as_float32, new_slot
+from nibble.optim.update import advance, move_, rounding_noise, rounds_weights
+from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
+from nibble.spec.state import Slot, slot_tensors, slots, state_tensors
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GROUP_KEYS = {"params", "param_names", "name", "initial_lr"}
-_MASK64 = (1 << 64) - 1
+# What a saved group must share with the one it is loaded into: they shape its state.
+_SHAPING_KEYS = ("rule", "codec", "rank", "proj_type", "basis", "basis_storage", "residual")
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Any update rule with any state codec, as an ordinary torch optimiser.
+    """Any update rule with any state codec and any projection, as an ordinary torch optimiser.
 
     `params`: tensors, (name, tensor) pairs or groups, as torch takes them. A group may override
     every other argument. `rule`: adamw, sgd, momentum, adafactor, lion. `codec`: fp32, bf16, 8bit.
-    `weight_decay` is decoupled for every rule. `betas` are for adamw and lion, `eps` for adamw and
-    adafactor, `momentum` for momentum. `stochastic_rounding` applies to bf16 weights; `seed` fixes
-    its noise. Weights may be fp32, bf16 or fp16; arithmetic is fp32. Raises ConfigError for a value
-    outside its range, an unknown rule, codec, key or dtype.
+    `weight_decay` is decoupled for every rule; `decay_last` decays after the update and not before.
+    `betas` are for adamw and lion, `eps` for adamw and adafactor, `momentum` for momentum,
+    `bias_correction` (both, step, none) for adamw. `stochastic_rounding` applies to bf16 weights;
+    `seed` fixes all noise. Weights may be fp32, bf16 or fp16; arithmetic is fp32.
+
+    A `rank` of 1 or more projects the matrices of a group whose sides are not below it; what the
+    options after it mean is said at `spec.lowrank.LowRank`. Raises ConfigError for a value outside
+    its range, an unknown rule, codec, key or dtype, an option without effect, and a rank above
+    every matrix of its group.
     """
 
     def __init__(
@@ -67,7 +77,31 @@ class Optimizer(torch.optim.Optimizer):
         momentum: float = 0.9,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        bias_correction: str = "both",
+        decay_last: bool = False,
+        rank: int = 0,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: str = "std",
+        basis: str = "svd",
+        basis_storage: str = "fp32",
+        residual: str = "none",
+        norm_growth: float = 1.01,
+        stagger: bool = True,
+        lazy_threshold: float = 0.0,
     ) -> None:
+        low_rank = LowRank(
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            basis=basis,
+            basis_storage=basis_storage,
+            residual=residual,
+            norm_growth=norm_growth,
+            stagger=stagger,
+            lazy_threshold=lazy_threshold,
+        )
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -78,19 +112,30 @@ class Optimizer(torch.optim.Optimizer):
             "momentum": momentum,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "bias_correction": bias_correction,
+            "decay_last": decay_last,
+            **{key: getattr(low_rank, key) for key in LOW_RANK_KEYS},
         }
         super().__init__(params, defaults)
+        check_constructor(defaults, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not say is taken from the constructor's arguments."""
-        _check_group(param_group, self.defaults)
+        check_group(param_group, self.defaults)
         super().add_param_group(param_group)
-        for weight in self.param_groups[-1]["params"]:
-            if weight.dtype not in WEIGHT_DTYPES:
-                self.param_groups.pop()
-                raise ConfigError(
-                    f"cannot train a weight of {weight.dtype}: use float32, bfloat16 or float16"
-                )
+        group = self.param_groups[-1]
+        try:
+            for weight in group["params"]:
+                if weight.dtype not in WEIGHT_DTYPES:
+                    raise ConfigError(
+                        f"cannot train a weight of {weight.dtype}: use float32, bfloat16 or float16"
+                    )
+            low_rank = low_rank_of(group)
+            if low_rank is not None:
+                check_projects(low_rank, group["params"])
+        except ConfigError:
+            self.param_groups.pop()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -105,15 +150,24 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             elementwise = RULES[group["rule"]].elementwise
-            for ordinal, (kind, pieces) in enumerate(self._pieces(group).items()):
-                generator = _generator(group, kind, index=index, ordinal=ordinal)
+            plain, projected = self._pieces(index, group)
+            for ordinal, (kind, pieces) in enumerate(plain.items()):
+                generator = rounding_noise(group, kind, index=index, ordinal=ordinal)
                 for batch in batches(pieces, elementwise=elementwise):
                     _update(batch, group=group, kind=kind, generator=generator)
+            for ordinal, (kind, matrices) in enumerate(projected.items(), start=len(plain)):
+                generator = rounding_noise(group, kind, index=index, ordinal=ordinal)
+                for some in projected_batches(matrices):
+                    step_projected_(some, group=group, kind=kind, generator=generator)
         return loss
 
-    def _pieces(self, group: dict[str, Any]) -> dict[Kind, list[Piece]]:
+    def _pieces(
+        self, index: int, group: dict[str, Any]
+    ) -> tuple[dict[Kind, list[Piece]], dict[Kind, list[ProjectedPiece]]]:
         """Parameters with gradients, their steps counted on, by what may share a batch."""
-        kinds: dict[Kind, list[Piece]] = {}
+        plain: dict[Kind, list[Piece]] = {}
+        projected: dict[Kind, list[ProjectedPiece]] = {}
+        own_projections = projections(index, group)
         for weight in group["params"]:
             if weight.grad is None or weight.numel() == 0:
                 continue
@@ -121,21 +175,33 @@ class Optimizer(torch.optim.Optimizer):
                 raise ConfigError(
                     "sparse gradients are not supported: build the model without them"
                 )
-            own_slots = slots(group["rule"], num_dims=weight.dim())
-            state = self.state[weight]
-            if not state:
-                _initialise(state, weight, own_slots, codec=group["codec"])
-            state["step"] += 1
+            projection = own_projections.get(weight)
+            state = self._counted_state(weight, group, projection)
             kind = Kind(
                 device=weight.device,
                 weight_dtype=weight.dtype,
                 grad_dtype=weight.grad.dtype,
-                slots=own_slots,
+                slots=slots(group["rule"], num_dims=weight.dim()),
                 names=tuple(state),
                 step=state["step"],
             )
-            kinds.setdefault(kind, []).append(Piece(weight=weight, grad=weight.grad, state=state))
-        return kinds
+            if projection is None:
+                piece = Piece(weight=weight, grad=weight.grad, state=state)
+                plain.setdefault(kind, []).append(piece)
+            else:
+                matrix = ProjectedPiece(weight=weight, projection=projection, state=state)
+                projected.setdefault(kind, []).append(matrix)
+        return plain, projected
+
+    def _counted_state(
+        self, weight: Tensor, group: dict[str, Any], projection: Projection | None
+    ) -> dict[str, Any]:
+        """The state of a parameter, made if need be, with its step counted on."""
+        state: dict[str, Any] = self.state[weight]
+        if not state:
+            initialise_(state, weight, group=group, projection=projection)
+        state["step"] += 1
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: state keeps its dtype and is copied to the weights' device.
@@ -179,89 +245,54 @@ class Optimizer(torch.optim.Optimizer):
                 "resume with the recipe that wrote the checkpoint"
             )
         for number, (group, saved) in enumerate(zip(self.param_groups, all_saved, strict=True)):
-            for key in ("rule", "codec"):
+            for key in _SHAPING_KEYS:
                 if saved.get(key) != group[key]:
                     raise CheckpointError(
                         f"optimiser group {number} was saved with {key} {saved.get(key)!r}, this "
                         f"run has {group[key]!r}: resume with the recipe that wrote the checkpoint"
                     )
+            low_rank = low_rank_of(saved)
             for key, weight in zip(saved["params"], group["params"], strict=True):
                 state = state_dict["state"].get(key)
                 if state is not None:
-                    _check_state(state, weight, rule=group["rule"], codec=group["codec"])
+                    _check_state(
+                        state,
+                        weight,
+                        rule=group["rule"],
+                        codec=group["codec"],
+                        low_rank=low_rank,
+                    )
 
 
 def _update(
     batch: list[Piece], *, group: dict[str, Any], kind: Kind, generator: torch.Generator | None
 ) -> None:
-    """One step of one batch: the module's equation, in float32."""
+    """One step of one batch of parameters that are not projected: the module's equation."""
     grads = as_float32([piece.grad for piece in batch])
-    stored: dict[Slot, list[Stored]] = {}
-    for slot in kind.slots:
-        names = kind.stored_names(slot)
-        stored[slot] = [tuple(piece.state[name] for name in names) for piece in batch]
-    states = {slot: unpack(tensors, slot=slot) for slot, tensors in stored.items()}
-
-    updates = RULES[group["rule"]].apply_(
-        grads.views,
-        states={slot.name: values.views for slot, values in states.items()},
-        hyper=Hyper(
-            step=kind.step,
-            betas=tuple(group["betas"]),
-            eps=group["eps"],
-            momentum=group["momentum"],
-        ),
-    )
-
-    for slot, values in states.items():
-        write_back_(stored[slot], values=values, slot=slot, generator=generator)
-    del states, grads  # updates keep what they need; the rest makes room for the weights
-    learning_rate = float(group["lr"])
-    weights = as_float32([piece.weight for piece in batch])
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(weights.views, 1 - learning_rate * group["weight_decay"])
-    torch._foreach_add_(weights.views, updates, alpha=-learning_rate)
-    if weights.flat is not None:
-        noise = generator if _rounds_weights(group, kind) else None
-        store_rounded_([piece.weight for piece in batch], flat=weights.flat, generator=noise)
+    states = [piece.state for piece in batch]
+    updates = advance(grads.views, states, group=group, kind=kind, generator=generator)
+    del grads  # updates keep what they need; the rest makes room for the weights
+    noise = generator if rounds_weights(group, kind) else None
+    move_([piece.weight for piece in batch], updates, group=group, noise=noise)
 
 
-def _generator(
-    group: dict[str, Any], kind: Kind, *, index: int, ordinal: int
-) -> torch.Generator | None:
-    """Noise of one kind of one group in one step, the same whenever that step is taken again.
-
-    None where nothing is rounded stochastically.
-    """
-    if not (_rounds_weights(group, kind) or (group["codec"] == "bf16" and kind.slots)):
-        return None
-    mixed = int(group["seed"])
-    for number in (index, ordinal, kind.step):
-        mixed = _mix(mixed ^ number)
-    return torch.Generator(device=kind.device).manual_seed(mixed >> 1)
-
-
-def _rounds_weights(group: dict[str, Any], kind: Kind) -> bool:
-    return bool(group["stochastic_rounding"]) and kind.weight_dtype == torch.bfloat16
-
-
-def _mix(number: int) -> int:
-    """A well mixed 64-bit word (splitmix64): neighbouring steps must not give related seeds."""
-    word = (number + 0x9E3779B97F4A7C15) & _MASK64
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return word ^ (word >> 31)
-
-
-def _initialise(
-    state: dict[str, Any], weight: Tensor, own_slots: tuple[Slot, ...], *, codec: str
+def initialise_(
+    state: dict[str, Any],
+    weight: Tensor,
+    *,
+    group: dict[str, Any],
+    projection: Projection | None,
 ) -> None:
     """Fill an empty state with zeros and step 0."""
     state["step"] = 0
+    shape = tuple(weight.shape)
+    if projection is not None:
+        projection.initialise_(state)
+        shape = projection.low.projected_shape(shape)
+    own_slots: tuple[Slot, ...] = slots(group["rule"], num_dims=len(shape))
     for slot in own_slots:
-        shape = tuple(weight.shape)
-        names = slot_tensors(slot, codec=codec, shape=shape)
-        tensors = new_slot(slot, codec=codec, shape=shape, device=weight.device)
+        names = slot_tensors(slot, codec=group["codec"], shape=shape)
+        tensors = new_slot(slot, codec=group["codec"], shape=shape, device=weight.device)
         state.update(zip(names, tensors, strict=True))
 
 
@@ -273,12 +304,14 @@ def _copied(state: dict[str, Any], *, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check_state(state: dict[str, Any], weight: Tensor, *, rule: str, codec: str) -> None:
+def _check_state(
+    state: dict[str, Any], weight: Tensor, *, rule: str, codec: str, low_rank: LowRank | None
+) -> None:
     """Raise CheckpointError unless a saved state has exactly the tensors that we would make."""
     shape = tuple(weight.shape)
     expected = {
         name: (spec.shape, DTYPES[spec.dtype])
-        for name, spec in state_tensors(rule, codec=codec, shape=shape).items()
+        for name, spec in state_tensors(rule, codec=codec, shape=shape, low_rank=low_rank).items()
     }
     found = {
         name: (tuple(value.shape), value.dtype)
@@ -290,25 +323,3 @@ def _check_state(state: dict[str, Any], weight: Tensor, *, rule: str, codec: str
             f"optimiser state of a weight of shape {list(shape)} holds {found}, expected "
             f"{expected}: the checkpoint belongs to another model or optimiser"
         )
-
-
-def _check_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise ConfigError for a key we do not know or a value outside its range."""
-    unknown = sorted(set(group) - set(defaults) - _GROUP_KEYS)
-    if unknown:
-        raise ConfigError(
-            f"unknown parameter-group keys {', '.join(unknown)}: use {', '.join(defaults)}"
-        )
-    values = {**defaults, **group}
-    if values["rule"] not in RULES:
-        raise ConfigError(f"unknown update rule {values['rule']!r}: use one of {', '.join(RULES)}")
-    if values["codec"] not in CODECS:
-        raise ConfigError(f"unknown codec {values['codec']!r}: use one of {', '.join(CODECS)}")
-    for key in ("lr", "eps", "weight_decay"):
-        if not values[key] >= 0:
-            raise ConfigError(f"{key}={values[key]} is out of range: give a number >= 0")
-    shares = {"momentum": values["momentum"]}
-    shares |= {f"betas[{place}]": beta for place, beta in enumerate(values["betas"])}
-    for key, share in shares.items():
-        if not 0 <= share < 1:
-            raise ConfigError(f"{key}={share} is out of range: give a number in [0, 1)")

@@ -25,7 +25,12 @@ from nibble.numerics import codec8
 from nibble.numerics.rounding import stochastic_bfloat16
 from nibble.spec.state import BLOCK, Slot, slot_tensors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+}
 
 Stored = tuple[Tensor, ...]
 """The tensors of one slot: (values,) or (codes, absmax)."""

@@ -15,6 +15,9 @@ codec, so bytes are a sum over slots:
     8bit       1 byte and 4 bytes for each 256 elements (arXiv 2110.02861); a slot of fewer than
                4096 elements stays fp32, as in bitsandbytes
 
+A projected parameter (spec/lowrank.py) has the slots of its projected gradient, a matrix, and what
+the projection keeps: bases, a norm, similarities.
+
 `optim/` allocates exactly these tensors and the planner adds up their bytes: one table for both.
 Not here: gradients, master weights, and the step counters, which are plain numbers on the host.
 """
@@ -29,6 +32,7 @@ from typing import Literal
 from nibble.errors import ConfigError
 from nibble.spec.config import Optim
 from nibble.spec.formats import TensorSpec
+from nibble.spec.lowrank import LowRank
 
 BLOCK = 256
 """Elements of an 8-bit state that share one absmax."""
@@ -130,11 +134,20 @@ def slot_tensors(slot: Slot, *, codec: str, shape: tuple[int, ...]) -> dict[str,
     return {slot.name: TensorSpec(shape=own, dtype="bfloat16" if stored == "bf16" else "float32")}
 
 
-def state_tensors(rule: str, *, codec: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-    """All state tensors of a parameter of `shape`, by name."""
+def state_tensors(
+    rule: str, *, codec: str, shape: tuple[int, ...], low_rank: LowRank | None = None
+) -> dict[str, TensorSpec]:
+    """All state tensors of a parameter of `shape`, by name.
+
+    `low_rank` is its group's projection, which a parameter too small for it does not have.
+    """
     tensors: dict[str, TensorSpec] = {}
-    for slot in slots(rule, num_dims=len(shape)):
-        tensors |= slot_tensors(slot, codec=codec, shape=shape)
+    own = shape
+    if low_rank is not None and low_rank.projects(shape):
+        tensors |= low_rank.tensors(shape)
+        own = low_rank.projected_shape(shape)
+    for slot in slots(rule, num_dims=len(own)):
+        tensors |= slot_tensors(slot, codec=codec, shape=own)
     return tensors
 
 
@@ -144,10 +157,16 @@ def state_nbytes(codec: str, numel: int) -> int:
     return sum(spec.nbytes for spec in flat.values())
 
 
-def optimizer_nbytes(rule: str, *, codec: str, shapes: Iterable[tuple[int, ...]]) -> int:
+def optimizer_nbytes(
+    rule: str,
+    *,
+    codec: str,
+    shapes: Iterable[tuple[int, ...]],
+    low_rank: LowRank | None = None,
+) -> int:
     """Exact bytes of the state of parameters of these shapes, each as the optimiser sees it."""
     return sum(
         spec.nbytes
         for shape in shapes
-        for spec in state_tensors(rule, codec=codec, shape=shape).values()
+        for spec in state_tensors(rule, codec=codec, shape=shape, low_rank=low_rank).values()
     )

@@ -1,0 +1,100 @@
+"""A gradient of which only the projection is kept, in the place where torch keeps gradients.
+
+`param.grad` must have the parameter's shape. This tensor has it and one element of storage: the
+small matrix lies beside it. So whoever takes norms of gradients, scales them or drops them
+(`torch.nn.utils.clip_grad_norm_`, `zero_grad`, a trainer's logs) finds the small one, whose norm is
+the norm of what the update will be made of, |P^T G| <= |G|.
+
+Only norms, scaling by a scalar and questions of shape and type are answered; anything else is an
+error, since there is no full gradient to give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ProjectedGrad(Tensor):
+    """Stands for the gradient of a parameter and holds `small`, its projection (float32).
+
+    `sketches` has, by side, what the next basis will be made of; empty if none is due.
+    """
+
+    small: Tensor
+    sketches: dict[str, Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ON_SMALL and isinstance(args[0], ProjectedGrad):
+            return func(args[0].small, *args[1:], **kwargs)
+        if func in _IN_PLACE and isinstance(args[0], ProjectedGrad):
+            for tensor in (args[0].small, *args[0].sketches.values()):
+                func(tensor, *args[1:], **kwargs)
+            return args[0]
+        if func in _QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = getattr(func, "__qualname__", repr(func))
+        raise TypeError(
+            f"{name} of a gradient that is kept only as its projection: a layer-wise optimiser "
+            "leaves no full gradient; take norms, or use the ordinary optimiser"
+        )
+
+
+def projected_grad(like: Tensor, *, small: Tensor, sketches: dict[str, Tensor]) -> ProjectedGrad:
+    """A stand-in for the gradient of the parameter `like`, NaN to whoever looks into it."""
+    nothing = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
+    grad = nothing.expand(like.shape).as_subclass(ProjectedGrad)
+    grad.small = small
+    grad.sketches = sketches
+    return grad
+
+
+_ON_SMALL: set[Any] = {
+    torch.linalg.vector_norm,
+    torch.norm,
+    Tensor.norm,
+    torch.isfinite,
+    torch.isnan,
+    Tensor.isnan,
+    Tensor.isfinite,
+}
+_IN_PLACE: set[Any] = {Tensor.mul_, Tensor.div_, Tensor.zero_}
+_QUESTIONS: set[Any] = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    *(
+        vars(torch._C.TensorBase)[name].__get__
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "is_sparse",
+            "is_cuda",
+            "requires_grad",
+            "grad_fn",
+            "is_leaf",
+            "nbytes",
+            "itemsize",
+            "ndim",
+            "is_quantized",
+            "is_meta",
+        )
+    ),
+}

@@ -1,0 +1,89 @@
+"""The two halves of every step: state advances by its rule, and weights move.
+
+`advance` is where rule and codec meet; it neither knows whether a gradient was projected before
+nor what becomes of its updates. `move_` is
+
+    W <- (1 - lr * weight_decay) * W - lr * scale * U                 (decay_last: U decays too)
+
+in float32, rounded to the weights' type, stochastically with a generator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nibble.numerics.updates import RULES, Hyper
+from nibble.optim.batches import Kind
+from nibble.optim.noise import generator_for
+from nibble.optim.states import Stored, as_float32, store_rounded_, unpack, write_back_
+from nibble.spec.state import Slot
+
+
+def advance(
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    *,
+    group: dict[str, Any],
+    kind: Kind,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """Updates, float32, that the group's rule makes of float32 gradients; states advance."""
+    stored: dict[Slot, list[Stored]] = {}
+    for slot in kind.slots:
+        names = kind.stored_names(slot)
+        stored[slot] = [tuple(state[name] for name in names) for state in states]
+    values = {slot: unpack(tensors, slot=slot) for slot, tensors in stored.items()}
+    updates = RULES[group["rule"]].apply_(
+        grads,
+        states={slot.name: own.views for slot, own in values.items()},
+        hyper=Hyper(
+            step=kind.step,
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            momentum=group["momentum"],
+            bias_correction=group["bias_correction"],
+        ),
+    )
+    for slot, own in values.items():
+        write_back_(stored[slot], values=own, slot=slot, generator=generator)
+    return updates
+
+
+def move_(
+    targets: list[Tensor],
+    updates: list[Tensor],
+    *,
+    group: dict[str, Any],
+    noise: torch.Generator | None,
+    scale: float = 1.0,
+) -> None:
+    """Apply float32 updates to weights; `noise` rounds bf16 weights stochastically."""
+    learning_rate = float(group["lr"])
+    kept = 1 - learning_rate * group["weight_decay"]
+    alpha = -learning_rate * scale * (kept if group["decay_last"] else 1.0)
+    weights = as_float32(targets)
+    if kept != 1:
+        torch._foreach_mul_(weights.views, kept)
+    torch._foreach_add_(weights.views, updates, alpha=alpha)
+    if weights.flat is not None:
+        store_rounded_(targets, flat=weights.flat, generator=noise)
+
+
+def rounds_weights(group: dict[str, Any], kind: Kind) -> bool:
+    """Whether weights of this kind are rounded stochastically."""
+    return bool(group["stochastic_rounding"]) and kind.weight_dtype == torch.bfloat16
+
+
+def rounding_noise(
+    group: dict[str, Any], kind: Kind, *, index: int, ordinal: int
+) -> torch.Generator | None:
+    """Noise of one kind of one group in one step, the same whenever that step is taken again.
+
+    None where nothing is rounded stochastically.
+    """
+    if not (rounds_weights(group, kind) or (group["codec"] == "bf16" and kind.slots)):
+        return None
+    return generator_for(group["seed"], index, ordinal, kind.step, device=kind.device)
