@@ -1,11 +1,15 @@
 """The optimiser, parameter groups and schedules."""
 
 from nibble.optim.clipping import clip_grad_norm_
+from nibble.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from nibble.optim.groups import GroupRule, GroupSummary, build, group_parameters, summarise
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule
 
 __all__ = [
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "GroupRule",
     "GroupSummary",
     "Optimizer",
