@@ -74,11 +74,14 @@ def finish(model: nn.Module, *, ties: Sequence[Tie] = ()) -> None:
         _poison_(buffer)
     computed = {id(buffer) for buffer in buffers.values()}
     marked = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in computed]
-    for module in model.modules():
-        _unmark(module)
     for tensor in marked:
         setattr(tensor, DONE, True)
-    _run_initialisation(model)
+    # The owners of buffers alone where that is enough: a family's code may reach into children
+    # that have been wrapped since (GPT-2's scales `c_proj.weight`).
+    owners = {name.rpartition(".")[0] for name in buffers}
+    _run_initialisation(model, owners)
+    if any(_poisoned(buffer) for _, buffer in _computed_buffers(model)):
+        _run_initialisation(model, None)
     for tensor in marked:
         _unmark(tensor)
     # A buffer may have been replaced rather than written: look again.
@@ -170,18 +173,24 @@ def _initialise_part(model: nn.Module, part: nn.Module, *, seed: int, device: to
             model._init_weights(module)  # type: ignore[operator]
 
 
-def _run_initialisation(model: nn.Module) -> None:
-    """transformers' initialisation, which skips what is marked; the inner model when ours is
-    wrapped."""
+def _run_initialisation(model: nn.Module, owners: set[str] | None) -> None:
+    """transformers' initialisation of the modules named (None: all), which skips what is marked;
+    the inner model when ours is wrapped."""
     from transformers import PreTrainedModel
 
+    for name, module in model.named_modules():
+        _unmark(module)
+        if owners is not None and name not in owners:
+            setattr(module, DONE, True)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             # Random draws of unmarked tensors do not exist, but the generators must not move
             # either.
             with torch.random.fork_rng(devices=[]):
                 module.initialize_weights()
-            return
+            break
+    for module in model.modules():
+        _unmark(module)
 
 
 def _computed_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
