@@ -29,7 +29,8 @@ def row_chunks(shape: tuple[int, int], device: torch.device) -> Iterator[slice]:
 def padded_fp32(rows: Tensor, length: int) -> Tensor:
     """A float32 copy of `rows` [n, in] with zeros up to `length` columns."""
     if rows.shape[1] == length:
-        return rows.to(torch.float32)
+        # A transposed weight (GPT-2 stores them so) keeps its strides through `to`.
+        return rows.to(torch.float32).contiguous()
     padded = torch.zeros(rows.shape[0], length, dtype=torch.float32, device=rows.device)
     padded[:, : rows.shape[1]] = rows
     return padded
