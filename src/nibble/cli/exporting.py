@@ -29,7 +29,7 @@ def export(
     assert run is not None
     place = Single(recipe.place)
     assembly = assemble(recipe, to_train=False)
-    batches, kind = held_out_batches(
+    held_out = held_out_batches(
         recipe, assembly.tokenizer, assembly.built.family, num_rows=NUM_COMPARED_ROWS
     )
     with loading_bar(f"export {to}") as advance:
@@ -38,17 +38,19 @@ def export(
             TensorFile(file),
             kind=to,
             folder=out or run / f"export-{to}",
-            batches=[place.batch(batch) for batch in batches],
+            batches=[place.batch(batch) for batch in held_out.batches],
             device=place.device,
             max_divergence=(
                 recipe.export.max_divergence if max_divergence is None else max_divergence
             ),
+            label_names=held_out.label_names,
             progress=lambda _what, done, total: advance(done, total),
         )
     distance = done.divergence
+    what = "rows" if recipe.model.task == "classification" else "tokens"
     typer.echo(
         f"{done.folder}: {done.num_bytes / 2**20:,.1f} MiB\n"
-        f"distance from the trained model on {distance.num_targets} {kind} tokens: "
-        f"{distance.mean:.2e} nats a token (largest {distance.largest:.2e}), "
+        f"distance from the trained model on {distance.num_targets} {held_out.kind} {what}: "
+        f"{distance.mean:.2e} nats each (largest {distance.largest:.2e}), "
         f"same best token {distance.same_best:.1%}"
     )

@@ -43,7 +43,10 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """A model on meta with everything that is needed to fill, train and save it."""
+    """A model on meta with everything that is needed to fill, train and save it.
+
+    `trained_names` are what a checkpoint of this recipe holds.
+    """
 
     recipe: Recipe
     built: Built
@@ -64,6 +67,8 @@ class Assembly:
     ) -> Iterator[tuple[str, Value]]:
         """(name, value) of the base's parameters; random ones when training from scratch."""
         if self.weights is None:
+            if not any(map(wanted, self.built.skeleton.state_dict())):
+                return
             for name, tensor in self.built.random_weights(seed=self.recipe.train.seed):
                 if wanted(name):
                     yield name, tensor
@@ -143,7 +148,10 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     else:
         model.requires_grad_(False)
         summary = summarise(model, "none")
-    trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    is_trained_whole = recipe.adapter.kind == "none" and spec is None
+    trained = frozenset(
+        name for name, p in model.named_parameters() if p.requires_grad or is_trained_whole
+    )
     return Assembly(
         recipe=recipe,
         built=built,

@@ -67,7 +67,8 @@ def divergence(
             p_part, q_part = p_states[start : start + CHUNK], q_states[start : start + CHUNK]
             p = _log_probabilities(p_part, p_head, family)
             q = _log_probabilities(q_part, q_head, family)
-            values.append((p.exp() * (p - q)).sum(-1))
+            # Rounding alone may take the sum of equal distributions below zero.
+            values.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
             same.append(p.argmax(-1) == q.argmax(-1))
     kl, best = torch.cat(values), torch.cat(same)
     return Divergence(

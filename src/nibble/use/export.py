@@ -13,6 +13,7 @@ would be another model.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from nibble.data import Batch
 from nibble.errors import ConfigError, ExportError
-from nibble.nn.adapters import LoraLinear, adapters
+from nibble.nn.adapters import LoraLinear
 from nibble.nn.quant import QuantLinear
 from nibble.spec.config import Adapter, Quant, Recipe
 from nibble.use.assemble import Assembly, assemble, compute_dtype, storage_dtype
@@ -74,11 +75,13 @@ def export(
     batches: Sequence[Batch],
     device: torch.device,
     max_divergence: float,
+    label_names: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Exported:
     """Write `folder`, read it back and compare; on the given held-out batches.
 
-    `trained` are the tensors of the run's checkpoint. Raises ExportError when the folder holds
+    `trained` are the tensors of the run's checkpoint; `label_names` go into a classifier's
+    config.json. Raises ExportError when the folder holds
     something else already, when an adapter's update is zero, or when the mean divergence is above
     `max_divergence`; what was written is then removed.
     """
@@ -95,6 +98,7 @@ def export(
             save_adapter(model.model, part, base_name=recipe.model.path, adapter=words, task=task)
             copy_recipe, copy_trained = recipe, dict(trained)
         else:
+            _name_labels_(assembly.built.model.config, label_names)
             _write_dense(assembly, model, part, say=say)
             copy_recipe, copy_trained = _plain(recipe, part), {}
         assembly.tokenizer.save_pretrained(part)
@@ -114,6 +118,13 @@ def export(
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         part.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ExportError(
+            f"the disk of {folder} is full: make room or choose another with --out; nothing was "
+            "kept"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -135,6 +146,12 @@ def _refuse_empty_updates(trained: Mapping[str, Tensor]) -> None:
             f"all {len(names)} adapters of the checkpoint are zero: it was written before the "
             "first update; export a later one"
         )
+
+
+def _name_labels_(config: Any, names: Sequence[str]) -> None:
+    if names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def _lazy(
@@ -164,16 +181,23 @@ def _plain(recipe: Recipe, folder: Path) -> Recipe:
 
 @torch.no_grad()
 def _forget_(model: nn.Module) -> None:
-    """Ruin every trained value outside the base, so that only the files can bring it back."""
-    for adapter in adapters(model).values():
-        for parameter in adapter.parameters(recurse=False):
+    """Ruin every trained value, so that only the files can bring it back."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.fill_(float("nan"))
 
 
 def _write_dense(assembly: Assembly, model: LazyModel, folder: Path, *, say: Progress) -> None:
     """The model as an ordinary Hugging Face folder, block by block."""
     built = assembly.built
-    kept = {n: t.dtype for n, t in built.skeleton.state_dict(keep_vars=True).items()}
+    # The skeleton is the family's own; expansion moved its blocks and repeated some.
+    targets_of = assembly.expansion.targets_of if assembly.expansion else lambda name: (name,)
+    transposed = frozenset(target for name in built.transposed for target in targets_of(name))
+    kept = {
+        target: tensor.dtype
+        for name, tensor in built.skeleton.state_dict(keep_vars=True).items()
+        for target in targets_of(name)
+    }
     stored, computed = storage_dtype(assembly.recipe), compute_dtype(assembly.recipe)
 
     def dtype_of(name: str) -> torch.dtype:
@@ -183,9 +207,9 @@ def _write_dense(assembly: Assembly, model: LazyModel, folder: Path, *, say: Pro
 
     shapes = {
         name: Shape(shape=shape, dtype=dtype_of(name))
-        for name, shape in dense_shapes(model.model, transposed=built.transposed).items()
+        for name, shape in dense_shapes(model.model, transposed=transposed).items()
     }
-    tensors = _dense_tensors(model, shapes, transposed=built.transposed, say=say)
+    tensors = _dense_tensors(model, shapes, transposed=transposed, say=say)
     write_sharded(folder, shapes, tensors)
     config: Any = built.model.config
     config.architectures = [type(built.model).__name__]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,18 @@ from nibble.models import Family
 from nibble.spec.config import Recipe
 
 
-def held_out_batches(
-    recipe: Recipe, tokenizer: Any, family: Family, *, num_rows: int
-) -> tuple[list[Batch], str]:
-    """One padded batch, and whether it is of "held-out" or, without such data, "training" rows.
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Rows to compare on: "held-out" ones or, without such data, "training" ones."""
+
+    batches: tuple[Batch, ...]
+    kind: str
+    label_names: tuple[str, ...]
+    """What the classes of a classification mean; empty for other tasks."""
+
+
+def held_out_batches(recipe: Recipe, tokenizer: Any, family: Family, *, num_rows: int) -> HeldOut:
+    """The first rows that were held out, in one padded batch.
 
     One batch, because each pass of a model that is read block by block reads all of it.
     """
@@ -30,4 +39,8 @@ def held_out_batches(
     kind = "training" if splits.eval is None else "held-out"
     chosen = rows.select(torch.arange(min(num_rows, len(rows))))
     pad = tokenizer.pad_token_id or 0
-    return list(one_pass(chosen, micro_batch_size=len(chosen), pad_id=pad)), kind
+    return HeldOut(
+        batches=tuple(one_pass(chosen, micro_batch_size=len(chosen), pad_id=pad)),
+        kind=kind,
+        label_names=splits.label_names,
+    )

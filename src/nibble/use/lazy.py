@@ -49,6 +49,9 @@ class LazyModel:
         self.blocks = dict(self.family.blocks(self.model))
         prefix = f"{self.family.block_path}."
         held = frozenset(trained) if hold_trained else frozenset[str]()
+        for name in held:
+            # What is trained is told by this mark, and an adapter's files hold just that.
+            self.model.get_parameter(name).requires_grad_(True)
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._lazy = {
             module: [leaf for leaf, p in module._parameters.items() if names.get(id(p)) not in held]

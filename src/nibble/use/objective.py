@@ -62,7 +62,9 @@ def call(module: nn.Module, batch: Batch, family: Family) -> Any:
 
     The mask of padding goes to classifiers only. Rows are padded on the right, so under a causal
     mask no token that counts sees padding, and padding itself has no targets: without the mask the
-    loss and its gradients are the same, and attention may use its fast causal form. Only packed rows bring position ids: they start again with each document, and that is what tells
+    loss and its gradients are the same, and attention may use its fast causal form.
+
+    Only packed rows bring position ids: they start again with each document, and that is what tells
     documents apart. For the others the family counts in its own way (OPT and RoBERTa not from 0).
     """
     words: dict[str, object] = {"input_ids": batch.input_ids}
