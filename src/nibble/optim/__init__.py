@@ -3,6 +3,7 @@
 from nibble.optim.clipping import clip_grad_norm_
 from nibble.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from nibble.optim.groups import GroupRule, GroupSummary, build, group_parameters, summarise
+from nibble.optim.layerwise import Layerwise, layerwise_
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule
 
@@ -12,10 +13,12 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GroupRule",
     "GroupSummary",
+    "Layerwise",
     "Optimizer",
     "Schedule",
     "build",
     "clip_grad_norm_",
     "group_parameters",
+    "layerwise_",
     "summarise",
 ]

@@ -27,6 +27,9 @@ class ProjectedGrad(Tensor):
     small: Tensor
     sketches: dict[str, Tensor]
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ProjectedGrad({list(self.small.shape)} for {list(self.shape)})"
+
     @classmethod
     def __torch_function__(
         cls,
@@ -36,17 +39,21 @@ class ProjectedGrad(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ON_LISTS:
+            tensors = [part for grad in args[0] for part in _parts(grad, func is _FOREACH_NORM)]
+            return func(tensors, *args[1:], **kwargs)
         if func in _ON_SMALL and isinstance(args[0], ProjectedGrad):
             return func(args[0].small, *args[1:], **kwargs)
         if func in _IN_PLACE and isinstance(args[0], ProjectedGrad):
-            for tensor in (args[0].small, *args[0].sketches.values()):
+            for tensor in _parts(args[0], False):
                 func(tensor, *args[1:], **kwargs)
             return args[0]
         if func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        # No TypeError: an operator's would be taken as "try the other operand" and lose its words.
         name = getattr(func, "__qualname__", repr(func))
-        raise TypeError(
+        raise RuntimeError(
             f"{name} of a gradient that is kept only as its projection: a layer-wise optimiser "
             "leaves no full gradient; take norms, or use the ordinary optimiser"
         )
@@ -61,6 +68,15 @@ def projected_grad(like: Tensor, *, small: Tensor, sketches: dict[str, Tensor]) 
     return grad
 
 
+def _parts(grad: Tensor, only_small: bool) -> list[Tensor]:
+    """The tensors that a gradient consists of."""
+    if not isinstance(grad, ProjectedGrad):
+        return [grad]
+    return [grad.small] if only_small else [grad.small, *grad.sketches.values()]
+
+
+_FOREACH_NORM = torch._foreach_norm
+_ON_LISTS: set[Any] = {_FOREACH_NORM, torch._foreach_mul_, torch._foreach_zero_}
 _ON_SMALL: set[Any] = {
     torch.linalg.vector_norm,
     torch.norm,
@@ -78,6 +94,7 @@ _QUESTIONS: set[Any] = {
     Tensor.element_size,
     Tensor.is_floating_point,
     Tensor.is_complex,
+    Tensor.requires_grad_,
     *(
         vars(torch._C.TensorBase)[name].__get__
         for name in (

@@ -4,9 +4,9 @@
 
 with X and f of the group's residual (numerics/lowrank.py). The gradient that is due for a refresh
 gives the next basis, from that step on, as in GaLore (arXiv 2403.03507); moments stay as they are.
-With `stagger` the k-th of K matrices is refreshed first after (k + 1) / K of the gap, so refreshes
-come one by one. The lazy rule (arXiv 2407.08296) doubles the gap of a matrix whose last bases were
-alike; it reads one number from the device, once a refresh.
+With `stagger` the k-th of K matrices is refreshed (k + 1) / K of a gap after whole gaps, so that
+refreshes come one by one. The lazy rule (arXiv 2407.08296) doubles the gap of a matrix whose last
+bases were alike; it reads one number from the device, once a refresh.
 
 State beside the rule's: bases as they are packed, the last residual's norm, similarities, and four
 ints: `step`, `next_refresh` (the step, counted from 0, that begins with a new basis), `gap`,
@@ -71,11 +71,12 @@ class Projection:
             state[name] = torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
         state.update(next_refresh=0, gap=self.low.update_proj_gap, num_refreshes=0)
 
-    def generator(self, number: int, side: str) -> torch.Generator:
+    def generator(self, number: int, side: str, *, purpose: int = 0) -> torch.Generator:
         """The stream of random numbers for basis `number` on one side."""
-        which = ("left", "right").index(side)
-        purpose = (self.index, self.position, number, which)
-        return generator_for(self.seed, *purpose, device=self.device)
+        which = ("left", "right").index(side) + 2 * purpose
+        return generator_for(
+            self.seed, self.index, self.position, number, which, device=self.device
+        )
 
     def bases(self, state: Mapping[str, Any], *, dtype: torch.dtype) -> Bases:
         """The present bases in `dtype`."""
@@ -106,15 +107,24 @@ class Projection:
         """Bases by side, float32, that the gradient `matrix` gives; none for a seeded one."""
         if self.low.basis == "seeded":
             return {}
+        if self.low.basis == "random":
+            return self.random_bases(state)
         return {
             side: self._made(matrix, side, self.generator(state["num_refreshes"], side))
             for side in self.low.sides(self.shape)
         }
 
+    def random_bases(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Orthonormal bases by side, float32, that no gradient has a say in."""
+        made = {}
+        for side in self.low.sides(self.shape):
+            dim, rank = self.low.basis_shape(self.shape, side)
+            generator = self.generator(state["num_refreshes"], side)
+            made[side] = lowrank.random_basis(dim, rank=rank, generator=generator)
+        return made
+
     def _made(self, matrix: Tensor, side: str, generator: torch.Generator) -> Tensor:
-        dim, rank = self.low.basis_shape(self.shape, side)
-        if self.low.basis == "random":
-            return lowrank.random_basis(dim, rank=rank, generator=generator)
+        rank = self.low.rank
         # A longer side has no more than min(m, n) singular vectors; every projected matrix has
         # that many or more than its rank.
         if self.low.basis == "svd":
@@ -132,9 +142,10 @@ class Projection:
             packed = lowrank.pack_basis(basis, storage=self.low.basis_storage)
             for name, tensor in zip(self._names(side), packed, strict=True):
                 state[name].copy_(tensor)
-        first = state["num_refreshes"] == 0
         state["num_refreshes"] += 1
-        state["next_refresh"] = step + (self.first_gap if first else state["gap"])
+        # The next of the matrix's dates, first_gap + k gaps, that is half a gap away or more.
+        soonest = step + max(1, state["gap"] // 2)
+        state["next_refresh"] = soonest + (self.first_gap - soonest) % state["gap"]
 
     def _look_back_(self, state: dict[str, Any], bases: Mapping[str, Tensor]) -> None:
         """Note how alike old and new bases are; double the gap if they have been, for long."""

@@ -1,0 +1,182 @@
+"""Layer-wise mode: no full gradient of a projected parameter outlives its layer's backward.
+
+    in backward, micro-batch i:   R += P^T G_i;    Y += G_i S, if a basis is due;    G_i is dropped
+    step:                         W <- W - lr * scale * P rule(R)
+    after it, if due:             P' = orthonormal range of Y
+
+Both sums are linear in the gradient, so k micro-batches equal one batch, whatever they are scaled
+by; the norm of R is the norm that clipping needs, and memory is r / min(m, n) of full gradients
+(arXiv 2403.03507 proposes updates in backward, which step at every micro-batch; these do not). A
+basis for step t + 1 comes from the sketch of step t (arXiv 0909.4061). At the first step there is
+no sketch yet: matrices begin on random orthonormal bases and get their first real ones within
+FIRST_STEPS steps, spread like all refreshes when the group has `stagger`.
+
+`param.grad` holds the small matrix (projected_grad.py) between backward and `zero_grad`, so the
+optimiser stays an ordinary one: schedules, clipping, `zero_grad` and trainers work as they are.
+
+Costs: 2 m n r flops a micro-batch to project, which the ordinary mode pays once a step; random
+columns are made again for every micro-batch of a step with a sketch. Not possible here: bases by
+SVD, and residuals, both of which need whole gradients at the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from nibble.errors import ConfigError
+from nibble.numerics import lowrank
+from nibble.optim.optimizer import Optimizer, initialise_
+from nibble.optim.projected_grad import ProjectedGrad, projected_grad
+from nibble.optim.projection import Projection, projections
+
+FIRST_STEPS = 16
+"""Steps within which all matrices leave their random first bases."""
+BASES = ("randomised", "random")
+
+
+class Layerwise:
+    """The hooks that keep an optimiser's projected gradients small; `remove` takes them off."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._held: dict[Tensor, ProjectedGrad] = {}
+        self._found: dict[Tensor, tuple[Projection, dict[str, Any]]] = {}
+        self._look_up()
+        handles: list[RemovableHandle] = []
+        for weight in self._found:
+            before, after = weight.register_hook, weight.register_post_accumulate_grad_hook
+            handles.append(before(self._before(weight)))  # type: ignore[no-untyped-call]
+            handles.append(after(self._after))  # type: ignore[no-untyped-call]
+        handles.append(optimizer.register_step_post_hook(self._finish))
+        # Loading replaces the groups and their options.
+        handles.append(optimizer.register_load_state_dict_post_hook(lambda _: self._look_up()))
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take the hooks off: gradients are whole again from the next backward on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _look_up(self) -> None:
+        """Find every projected parameter's options and group."""
+        self._found = {
+            weight: (projection, group)
+            for index, group in enumerate(self._optimizer.param_groups)
+            for weight, projection in projections(index, group).items()
+        }
+
+    def _before(self, weight: Tensor) -> Any:
+        """A hook that clears the way: torch adds a new gradient in place to what is there."""
+
+        def hold(_: Tensor) -> None:
+            if isinstance(weight.grad, ProjectedGrad):
+                self._held[weight] = weight.grad
+                weight.grad = None
+
+        return hold
+
+    @torch.no_grad()
+    def _after(self, weight: Tensor) -> None:
+        """Replace a fresh full gradient by its projection, added to that of earlier passes."""
+        grad = weight.grad
+        assert grad is not None
+        projection, group = self._found[weight]
+        state = self._optimizer.state[weight]
+        if not state:
+            initialise_(state, weight, group=group, projection=projection)
+        if state["num_refreshes"] == 0:
+            _begin_(projection, state)
+        matrix = grad.reshape(projection.matrix_shape)
+        left, right = projection.bases(state, dtype=matrix.dtype)
+        small = lowrank.project(matrix, left=left, right=right)
+        sketches = _sketches(projection, state, matrix)
+        held = self._held.pop(weight, None)
+        if held is not None:
+            small.add_(held.small)
+            for side, total in sketches.items():
+                total.add_(held.sketches[side])
+        weight.grad = projected_grad(weight, small=small, sketches=sketches)
+
+    @torch.no_grad()
+    def _finish(self, *unused: object) -> None:
+        """After an update: new bases where sketches are complete, for the next step."""
+        self._look_up()
+        for weight, (projection, _) in self._found.items():
+            grad = weight.grad
+            if not isinstance(grad, ProjectedGrad):
+                continue
+            state = self._optimizer.state[weight]
+            if state["step"] < state["next_refresh"]:
+                continue
+            if projection.low.basis == "random":
+                bases = projection.random_bases(state)
+            else:
+                number = state["num_refreshes"]
+                bases = {
+                    side: lowrank.orthonormalise(
+                        sketch, generator=projection.generator(number, side, purpose=1)
+                    )
+                    for side, sketch in grad.sketches.items()
+                }
+            if bases:
+                projection.refresh_(state, bases, step=state["step"])
+            grad.sketches.clear()
+
+
+def layerwise_(optimizer: Optimizer) -> Layerwise:
+    """Keep the gradients of an optimiser's projected parameters in the small space, from now on.
+
+    Call it once, after all groups are added and before the first backward. Raises ConfigError for
+    an optimiser that projects nothing, and for a group whose basis or residual needs whole
+    gradients.
+    """
+    ranks = 0
+    for group in optimizer.param_groups:
+        if group["rank"] == 0:
+            continue
+        ranks += 1
+        if group["basis"] not in BASES:
+            raise ConfigError(
+                f"basis {group['basis']!r} needs whole gradients, which layer-wise mode does not "
+                f"keep: use one of {', '.join(BASES)}"
+            )
+        if group["residual"] != "none":
+            raise ConfigError(
+                f"residual {group['residual']!r} needs whole gradients, which layer-wise mode does "
+                "not keep: use residual 'none', or the ordinary mode"
+            )
+    if ranks == 0:
+        raise ConfigError(
+            "layer-wise mode has no effect: no parameter group has a rank; give one, or leave the "
+            "mode out"
+        )
+    return Layerwise(optimizer)
+
+
+def _begin_(projection: Projection, state: dict[str, Any]) -> None:
+    """Random bases for the first step, and the date of the first real ones."""
+    projection.refresh_(state, projection.random_bases(state), step=0)
+    if projection.low.basis != "random":
+        low = projection.low
+        num_steps = min(FIRST_STEPS, low.update_proj_gap)
+        share = (projection.first_gap - 1) * num_steps // low.update_proj_gap
+        state["next_refresh"] = state["step"] + 1 + (share if low.stagger else 0)
+
+
+def _sketches(projection: Projection, state: dict[str, Any], matrix: Tensor) -> dict[str, Tensor]:
+    """Products with random columns, by side, if the next step begins with a new basis."""
+    if projection.low.basis == "random" or state["step"] + 1 < state["next_refresh"]:
+        return {}
+    return {
+        side: lowrank.sketch(
+            matrix,
+            rank=projection.low.rank,
+            side=side,
+            generator=projection.generator(state["num_refreshes"], side),
+        )
+        for side in projection.low.sides(projection.shape)
+    }
