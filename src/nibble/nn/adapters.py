@@ -9,8 +9,8 @@ section 4.3). A starts uniform in +-1/sqrt(in), B at zero, m at the row norms of
 stored, so a fresh adapter changes nothing; names, shapes, scaling and the way dropout meets DoRA
 are peft's, whose files `weights/adapter_files.py` reads and writes.
 
-Of the base an adapter asks two things, `forward(x)` and, for DoRA and merging, `dense_weight`;
-never its format.
+Of the base an adapter asks two things, `forward(x)` (of a packed one with its update, which is then
+added without a tensor of its own) and, for DoRA and merging, `dense_weight`; never its format.
 
 Costs. The update is kept in its own type (fp32) and computed in that of x: A and B are cast, x
 never is. LoRA keeps x (shared with the base) and A x [tokens, r] for backward. DoRA keeps its
@@ -34,18 +34,17 @@ from torch.nn import functional as F
 
 from nibble.errors import ConfigError
 from nibble.nn.expand import Expansion
-from nibble.nn.quant import QuantLinear, dense_weight, is_linear
+from nibble.nn.quant import LowRank, QuantLinear, dense_weight, is_linear
 from nibble.nn.targets import (
     classification_heads,
-    covers,
     head_names,
-    meets,
     nearest,
     replace_,
     require_all,
     tied_groups,
 )
 from nibble.spec.config import Adapter
+from nibble.spec.names import covers, meets
 
 ALL_LINEAR = "all-linear"
 MIN_NORM = 1e-12
@@ -100,8 +99,12 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the type of x."""
         if self.magnitude is None:
-            dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-            y: Tensor = self.base(x)
+            dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
+            y: Tensor
+            if isinstance(self.base, QuantLinear) and not torch.is_autocast_enabled(x.device.type):
+                y = self.base(x, LowRank(dropped, self.lora_A, self.lora_B, self.scaling))
+                return y
+            y = self.base(x)
             return self._add_update(y, dropped)
         return self._forward_dora(x, self.magnitude)
 

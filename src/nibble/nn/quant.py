@@ -5,10 +5,15 @@
 One module for all formats: what differs is the `FormatSpec`, a value. The packed tensors are
 ordinary frozen parameters (`codes`, `scales`, ...), so state dicts, sharding, counting and moving
 need nothing special; only their types are guarded, as `module.half()` would round fp32 scales. The
-autograd function saves the packed tensors alone; between forward and backward no dense weight
-exists. A format with a product of its own (int8's mixed one) uses it forward, and backward
-multiplies by the dense weight, as LLM.int8 training does (Dettmers et al. 2022, arXiv 2208.07339,
-and QLoRA, 2305.14314).
+autograd function asks the module for them in both passes; in between no dense weight exists. A
+format with a product of its own (int8's mixed one) uses it forward, and backward multiplies by the
+dense weight, as LLM.int8 training does (Dettmers et al. 2022, arXiv 2208.07339, and QLoRA,
+2305.14314).
+
+An adapter's low-rank update is added by the same function (`LowRank`), so that neither its output
+nor its share of dL/dx is ever a tensor of its own: both are summed by the products that make them,
+
+    forward y += s (x' A^T) B^T,     backward dL/dx += s (dL/dy B) A,     x' = x or dropout(x)
 
 Costs: one unpacking in forward and one in backward, and one dense weight of scratch memory while
 the product runs.
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +35,6 @@ from torch.nn import functional as F
 from nibble.errors import ConfigError, WeightError
 from nibble.kernels import Choice, select, select_matmul
 from nibble.nn.targets import (
-    covers,
     head_names,
     replace_,
     require_all,
@@ -39,6 +43,7 @@ from nibble.nn.targets import (
 )
 from nibble.numerics.formats import Matmul, Unpack, pack
 from nibble.spec.formats import FormatSpec
+from nibble.spec.names import covers
 
 Self = TypeVar("Self", bound="QuantLinear")
 
@@ -50,6 +55,19 @@ class PackedWeight:
 
     spec: FormatSpec
     tensors: Mapping[str, Tensor]
+
+
+class LowRank(NamedTuple):
+    """A trained update s B A of a frozen weight: y gains scaling * (x A^T) B^T.
+
+    x: what the update sees, [..., in]; the linear's own input, or that with dropout. a: [r, in].
+    b: [out, r]. They are computed in the type of x and get gradients in their own.
+    """
+
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    scaling: float
 
 
 class QuantLinear(nn.Module):
@@ -78,7 +96,9 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self.kernels = kernels
         self._chosen: dict[str, tuple[Unpack, Matmul | None]] = {}
-        for name, tensor in spec.tensors(self.shape).items():
+        stored = spec.tensors(self.shape)
+        self._names = tuple(stored)
+        for name, tensor in stored.items():
             empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         held = torch.empty(out_features, dtype=dtype, device=device) if bias else None
@@ -91,14 +111,18 @@ class QuantLinear(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name, as parameters of this module."""
-        return {name: self.get_parameter(name) for name in self.spec.tensors(self.shape)}
+        return {name: getattr(self, name) for name in self._names}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out], in the type of x."""
-        result: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
-            x, self, *self.packed().values()
+    def forward(self, x: Tensor, update: LowRank | None = None) -> Tensor:
+        """[..., in] to [..., out], in the type of x; with an adapter's update added if given."""
+        if update is None:
+            result: Tensor = _FrozenLinear.apply(x, self)  # type: ignore[no-untyped-call]
+            return result
+        seen = None if update.x is x else update.x
+        result = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
+            x, seen, update.a, update.b, update.scaling, self
         )
-        return result if self.bias is None else result + self.bias.to(x.dtype)
+        return result
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight [out, in], a fresh tensor without gradient."""
@@ -146,12 +170,19 @@ class QuantLinear(nn.Module):
         unpack, _ = self._functions(tensors["codes"].device)
         return unpack(self.spec, tensors, shape=self.shape, dtype=dtype)
 
-    def _product(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """x W^T by the format's own product where it has one, else by the dense weight."""
+    def _product(self, x: Tensor) -> Tensor:
+        """x W^T + b by the format's own product where it has one, else by the dense weight."""
+        tensors = self.packed()
         _, matmul = self._functions(x.device)
         if matmul is not None:
-            return matmul(self.spec, tensors, x)
-        return F.linear(x, self._dense(tensors, x.dtype))
+            product = matmul(self.spec, tensors, x)
+        else:
+            product = F.linear(x, self._dense(tensors, x.dtype))
+        return product if self.bias is None else product.add_(self.bias.to(x.dtype))
+
+    def _transposed_product(self, grad: Tensor) -> Tensor:
+        """grad W: what flows back to the input."""
+        return grad @ self._dense(self.packed(), grad.dtype)
 
     def _functions(self, device: torch.device) -> tuple[Unpack, Matmul | None]:
         if device.type not in self._chosen:
@@ -181,26 +212,70 @@ class QuantLinear(nn.Module):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x W^T; only packed tensors wait for backward."""
+    """x W^T + b; nothing waits for backward, which asks the linear for its tensors again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: QuantLinear, *packed: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: QuantLinear) -> Tensor:
         ctx.linear = linear
-        ctx.save_for_backward(*packed)
-        return linear._product(_named(linear, packed), x)
+        return linear._product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.linear._transposed_product(grad) if ctx.needs_input_grad[0] else None, None
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + b + s x' A^T B^T; x' and x' A^T wait for backward. `seen` is x', None where it is x.
+
+    A and B are cast again rather than kept: under activation checkpointing each tensor kept passes
+    through Python three times, which takes the host longer than a cast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        seen: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        linear: QuantLinear,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        seen_rows = rows if seen is None else seen.reshape(-1, seen.shape[-1])
+        low = torch.mm(seen_rows, a.to(x.dtype).t())
+        ctx.linear, ctx.a, ctx.b, ctx.scaling = linear, a, b, scaling
+        ctx.shape, ctx.is_x, ctx.versions = x.shape, seen is None, (a._version, b._version)
+        ctx.save_for_backward(seen_rows, low)
+        y = linear._product(rows).addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.linear._dense(_named(ctx.linear, packed), grad.dtype)
-        return grad_x, None, *([None] * len(packed))
-
-
-def _named(linear: QuantLinear, packed: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(linear.spec.tensors(linear.shape), packed, strict=True))
+        seen, low = ctx.saved_tensors
+        needs_x, needs_seen, needs_a, needs_b = ctx.needs_input_grad[:4]
+        assert ctx.versions == (ctx.a._version, ctx.b._version), "A or B changed before backward"
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_seen = grad_a = grad_b = None
+        grad_low = torch.mm(rows, ctx.b.to(rows.dtype))
+        if ctx.scaling != 1.0:
+            grad_low *= ctx.scaling
+        if needs_x:
+            grad_x = ctx.linear._transposed_product(rows)
+            if ctx.is_x:
+                grad_x.addmm_(grad_low, ctx.a.to(rows.dtype))
+            grad_x = grad_x.view(ctx.shape)
+        if needs_seen:
+            grad_seen = torch.mm(grad_low, ctx.a.to(rows.dtype)).view(ctx.shape)
+        if needs_a:
+            grad_a = torch.mm(grad_low.t(), seen)
+        if needs_b:
+            grad_b = torch.mm(rows.t(), low)
+            if ctx.scaling != 1.0:
+                grad_b *= ctx.scaling
+        return grad_x, grad_seen, grad_a, grad_b, None, None
 
 
 def is_linear(module: nn.Module) -> bool:
