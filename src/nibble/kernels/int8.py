@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nibble.kernels.launch import launch
 from nibble.numerics.int8 import add_outliers, integer_matmul
 from nibble.spec.formats import FormatSpec
 
@@ -100,10 +101,15 @@ def unpack(
     dense = torch.empty(shape, dtype=dtype, device=codes.device)
     if dense.numel() == 0:
         return dense
-    with torch.cuda.device_of(dense):
-        _unpack_kernel[_tiles(shape)](
-            codes, scales, dense, *shape, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=NUM_WARPS
-        )
+    launch(
+        _unpack_kernel,
+        _tiles(shape),
+        (codes, scales, dense),
+        *shape,
+        TILE_ROWS,
+        TILE_COLUMNS,
+        num_warps=NUM_WARPS,
+    )
     return dense
 
 
@@ -131,20 +137,24 @@ def round_tokens(x: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor
     scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     flags = torch.zeros(columns, dtype=torch.int8, device=x.device)
     tiles = triton.cdiv(columns, TILE_COLUMNS)
-    with torch.cuda.device_of(x):
-        _measure_kernel[(tokens,)](
-            x,
-            scales,
-            flags,
-            threshold,
-            columns,
-            TILES=tiles,
-            COLUMNS=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
-        )
-        _round_kernel[(tokens, tiles)](
-            x, scales, flags, codes, columns, COLUMNS=TILE_COLUMNS, num_warps=NUM_WARPS
-        )
+    launch(
+        _measure_kernel,
+        (tokens,),
+        (x, scales, flags),
+        float(threshold),
+        columns,
+        tiles,
+        TILE_COLUMNS,
+        num_warps=NUM_WARPS,
+    )
+    launch(
+        _round_kernel,
+        (tokens, tiles),
+        (x, scales, flags, codes),
+        columns,
+        TILE_COLUMNS,
+        num_warps=NUM_WARPS,
+    )
     return codes, scales, flags
 
 
@@ -153,18 +163,16 @@ def rescale(product: Tensor, x_scales: Tensor, scales: Tensor, *, dtype: torch.d
     product = product.contiguous()
     scaled = torch.empty(product.shape, dtype=dtype, device=product.device)
     rows, columns = product.shape
-    with torch.cuda.device_of(product):
-        _rescale_kernel[_tiles((rows, columns))](
-            product,
-            x_scales,
-            scales,
-            scaled,
-            rows,
-            columns,
-            ROWS=TILE_ROWS,
-            COLUMNS=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _rescale_kernel,
+        _tiles((rows, columns)),
+        (product, x_scales, scales, scaled),
+        rows,
+        columns,
+        TILE_ROWS,
+        TILE_COLUMNS,
+        num_warps=NUM_WARPS,
+    )
     return scaled
 
 

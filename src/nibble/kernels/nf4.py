@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nibble.kernels.launch import launch
 from nibble.numerics.nf4 import code_values
 from nibble.spec.formats import SCALES_PER_STEP, FormatSpec
 
@@ -90,24 +91,20 @@ def unpack(
     grid = (triton.cdiv(shape[0], TILE_ROWS), triton.cdiv(codes.shape[1], TILE_WORDS))
     if dense.numel() == 0:
         return dense
-    with torch.cuda.device_of(dense):
-        _unpack_kernel[grid](
-            codes,
-            scales,
-            steps,
-            offsets,
-            _values(spec.name, dense.device),
-            dense,
-            shape[0],
-            codes.shape[1],
-            shape[1],
-            scales.shape[1],
-            steps.shape[1],
-            BLOCK=spec.block,
-            DOUBLE=spec.double_quant,
-            PER_STEP=SCALES_PER_STEP,
-            ROWS=TILE_ROWS,
-            WORDS=TILE_WORDS,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _unpack_kernel,
+        grid,
+        (codes, scales, steps, offsets, _values(spec.name, dense.device), dense),
+        shape[0],
+        codes.shape[1],
+        shape[1],
+        scales.shape[1],
+        steps.shape[1],
+        spec.block,
+        spec.double_quant,
+        SCALES_PER_STEP,
+        TILE_ROWS,
+        TILE_WORDS,
+        num_warps=NUM_WARPS,
+    )
     return dense
