@@ -25,8 +25,8 @@ test: $(VENV)/.test check
 
 check: $(VENV)/.test
 	@echo "==> ruff, mypy"
-	@$(BIN)/ruff format --check src tests bench
-	@$(BIN)/ruff check src tests bench
+	@$(BIN)/ruff format --check src tests bench dev train.py
+	@$(BIN)/ruff check src tests bench dev train.py
 	@$(BIN)/mypy
 
 install: $(VENV)/.core

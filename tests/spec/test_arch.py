@@ -272,7 +272,7 @@ def test_gguf_headers_are_those_of_the_gguf_package(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for cut in (3, 20, 200, len(whole) - 100):
         file.write_bytes(whole[:cut])
-        with pytest.raises(WeightError, match="damaged"):
+        with pytest.raises(WeightError, match=r"damaged|no whole GGUF"):
             read_gguf(file)
 
 

@@ -15,13 +15,13 @@ It reads names and shapes only; it changes nothing but in `replace_`.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from nibble.errors import ConfigError
+from nibble.spec.names import covers
 
 CLASSIFICATION_HEADS = ("score", "classifier", "pre_classifier", "classification_head")
 """Children of a transformers classification model that a pretrained checkpoint does not hold."""
@@ -33,29 +33,6 @@ class HasOutputHead(Protocol):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The module that makes logits."""
-
-
-def meets(pattern: str, name: str) -> bool:
-    """Whether `pattern` means the module called `name`: all of it, its last parts, or by regular
-    expression.
-
-    Raises ConfigError for a pattern that is not a valid regular expression and meets nothing by
-    name.
-    """
-    if name == pattern or name.endswith(f".{pattern}"):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(
-            f"target {pattern!r} is neither a module name nor a regular expression ({error}); "
-            "write a name such as q_proj or an expression such as .*\\.q_proj"
-        ) from None
-
-
-def covers(patterns: Iterable[str], name: str) -> bool:
-    """Whether any pattern means `name` or a module that contains it."""
-    return any(meets(pattern, part) for part in _lineage(name) for pattern in patterns)
 
 
 def require_all(patterns: Iterable[str], names: Sequence[str], *, option: str) -> None:
@@ -116,10 +93,3 @@ def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of the one called `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _lineage(name: str) -> Iterator[str]:
-    """`a.b.c`, `a.b`, `a`."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]

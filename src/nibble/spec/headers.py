@@ -15,18 +15,16 @@ tensor data and needs no torch; it is not a loader (that is `weights/`). Cost: o
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nibble.errors import WeightError
+from nibble.spec.gguf import GgufTensor, read_gguf_header
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself; a larger length is a damaged file."""
-MAX_DIMS = 8
-MAX_ITEMS = 10_000_000
 
 SAFETENSORS_BITS = {
     "BOOL": 8,
@@ -85,22 +83,6 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 """ggml's tensor types: number -> (name, weights in a block, bytes of a block)."""
-
-_GGUF_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_KEPT_ARRAY_ITEMS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,100 +195,32 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader,
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
     """Metadata and headers of a GGUF file; WeightError if it is cut off or malformed.
 
-    Arrays of more than 64 items (the vocabulary) are given as their length, under key + ".length".
+    Arrays (the vocabulary) are given as their length, under key + ".length".
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        reader = _GgufReader(path, file, size)
-        if reader.take(4) != b"GGUF":
-            raise _damaged(path, "it does not begin with GGUF")
-        version = reader.number("I")
-        if version not in (2, 3):
-            raise WeightError(f"{path}: GGUF version {version}; versions 2 and 3 are read")
-        num_tensors, num_pairs = reader.count(), reader.count()
-        metadata: dict[str, Any] = {}
-        for _ in range(num_pairs):
-            key = reader.string()
-            value = reader.value(reader.number("I"))
-            if isinstance(value, _Skipped):
-                metadata[key + ".length"] = value.num_items
-            else:
-                metadata[key] = value
-        found: dict[str, TensorHeader] = {}
-        end_of_data = 0
-        for _ in range(num_tensors):
-            name, header, offset = reader.tensor()
-            found[name] = header
-            end_of_data = max(end_of_data, offset + header.nbytes)
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise _damaged(path, f"general.alignment is {alignment}")
-        start = -(-file.tell() // alignment) * alignment
-    if num_tensors and size < start + end_of_data:
-        raise _damaged(path, f"it has {size} bytes where its header needs {start + end_of_data}")
-    return metadata, found
+    header = read_gguf_header(path)
+    lengths = {f"{key}.length": length for key, length in header.array_lengths.items()}
+    found: dict[str, TensorHeader] = {}
+    for tensor in header.tensors:
+        found[tensor.name] = stored = _ggml_header(path, tensor)
+        end = tensor.offset + stored.nbytes
+        if end > header.num_bytes:
+            raise _damaged(path, f"it has {header.num_bytes} bytes where its header needs {end}")
+    return {**header.values, **lengths}, found
 
 
-@dataclass(frozen=True)
-class _Skipped:
-    num_items: int
-
-
-class _GgufReader:
-    """Reads GGUF values in order and never past the end: lengths are checked before use."""
-
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.file, self.size = path, file, size
-
-    def take(self, length: int) -> bytes:
-        if length > self.size - self.file.tell():
-            raise _damaged(self.path, "its header is cut off")
-        return self.file.read(length)
-
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def count(self) -> int:
-        value = int(self.number("Q"))
-        if value > MAX_ITEMS:
-            raise _damaged(self.path, f"a count of {value} is not believable")
-        return value
-
-    def string(self) -> str:
-        return self.take(int(self.number("Q"))).decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        if kind in _GGUF_SCALARS:
-            return self.number(_GGUF_SCALARS[kind])
-        if kind == _GGUF_STRING:
-            return self.string()
-        if kind != _GGUF_ARRAY:
-            raise _damaged(self.path, f"metadata of unknown type {kind}")
-        inner, length = self.number("I"), self.count()
-        if length <= _KEPT_ARRAY_ITEMS:
-            return [self.value(inner) for _ in range(length)]
-        if inner in _GGUF_SCALARS:
-            self.take(struct.calcsize("<" + _GGUF_SCALARS[inner]) * length)
-        else:
-            for _ in range(length):
-                self.value(inner)
-        return _Skipped(length)
-
-    def tensor(self) -> tuple[str, TensorHeader, int]:
-        name, num_dims = self.string(), self.number("I")
-        if num_dims > MAX_DIMS:
-            raise _damaged(self.path, f"{name} has {num_dims} dims")
-        shape = tuple(int(self.number("Q")) for _ in range(num_dims))[::-1]
-        kind, offset = self.number("I"), int(self.number("Q"))
-        if kind not in GGML_TYPES:
-            raise WeightError(f"{self.path}: {name} has ggml type {kind}, which is not known here")
-        dtype, block, block_bytes = GGML_TYPES[kind]
-        if shape and shape[-1] % block:
-            raise _damaged(
-                self.path, f"{name}: rows of {shape[-1]} are not whole blocks of {dtype}"
-            )
-        nbytes = prod(shape) // block * block_bytes
-        return name, TensorHeader(shape=shape, dtype=dtype, nbytes=nbytes), offset
+def _ggml_header(path: Path, tensor: GgufTensor) -> TensorHeader:
+    if tensor.type_id not in GGML_TYPES:
+        raise WeightError(
+            f"{path}: {tensor.name} has ggml type {tensor.type_id}, which is not known here"
+        )
+    dtype, block, block_bytes = GGML_TYPES[tensor.type_id]
+    if tensor.shape and tensor.shape[-1] % block:
+        raise _damaged(
+            path,
+            f"{tensor.name}: rows of {tensor.shape[-1]} are not whole blocks of {dtype}",
+        )
+    nbytes = prod(tensor.shape) // block * block_bytes
+    return TensorHeader(shape=tensor.shape, dtype=dtype, nbytes=nbytes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

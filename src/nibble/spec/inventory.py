@@ -13,7 +13,6 @@ It prices what exists between steps; activations and workspaces are `activations
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,6 +22,7 @@ from nibble.spec.arch import Architecture
 from nibble.spec.arch_types import Parameter
 from nibble.spec.config import Adapter, Recipe
 from nibble.spec.formats import DTYPE_BYTES, FormatSpec, TensorSpec, format_spec
+from nibble.spec.names import covers, meets
 from nibble.spec.state import optimizer_nbytes, rule_and_codec
 
 COMPUTE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -123,28 +123,6 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         embedding_trained="embedding" in names_trained,
         head_trained="head" in names_trained or (model.tied and "embedding" in names_trained),
     )
-
-
-def meets(pattern: str, name: str) -> bool:
-    """Whether a recipe's word means the module `name`: all of it, its last parts, or by regex.
-
-    Raises ConfigError for a word that is neither a name nor a regular expression.
-    """
-    if name == pattern or name.endswith(f".{pattern}"):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(
-            f"{pattern!r} is neither a module name nor a regular expression ({error})"
-        ) from None
-
-
-def covers(patterns: Iterable[str], name: str) -> bool:
-    """Whether any pattern means `name` or a module that contains it."""
-    parts = name.split(".")
-    lineage = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    return any(meets(pattern, part) for pattern in patterns for part in lineage)
 
 
 def _added_blocks(adapter: Adapter, architecture: Architecture) -> frozenset[int]:

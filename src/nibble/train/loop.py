@@ -204,7 +204,7 @@ class _Run:
         if self.evaluate is None:
             return None
         self.log()
-        with self._autocast(), self.report.phase("held-out loss"):
+        with self._autocast(), self.report.phase("evaluate"):
             loss = self.evaluate(lambda: self.interrupt.requested)
         if loss is None:
             return None

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from nibble.errors import CheckpointError, ConfigError, WeightError
 from nibble.nn.adapters import LoraLinear, adapters
-from nibble.nn.targets import classification_heads, meets
+from nibble.nn.targets import classification_heads
 from nibble.spec.config import Adapter, Task
+from nibble.spec.names import meets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
