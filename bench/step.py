@@ -1,0 +1,297 @@
+"""Speed and memory of nibble's own training step on models of true shape with random weights.
+
+    python bench/step.py CASE [--batches ROWSxTOKENS,...] [--profile] [key=value ...]
+    python bench/step.py llama3-8b --batches 1x2048,4x2048 --profile train.adapter_precision=bf16
+
+CASE: llama3-8b (QLoRA: nf4, r=16 on all linears), bloom-7b1 (LLM.int8, r=8 on query_key_value),
+tiny-llama, tiny-bloom (for a CPU). key=value changes the case's recipe. What is timed is what
+`nibble train` runs: the loop's step with its objective, clipping, optimiser and schedule, its model
+put together and filled by the same functions, batches of fresh random tokens copied from the host.
+
+One JSON line for each batch size: tokens/s of the median of 5 synchronised steps after 3, `host_ms`
+(until the host had launched all; close to `step_ms` the step is bound by launches), peak GiB
+allocated and reserved since before the first step, and what the plan said. With --profile a second
+line: device time of one step by kind of kernel. The first line says what was built, and where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import yaml
+from kernel_times import kernel_times
+from random_model import CASES, assemble_random, write_config
+
+from nibble import optim
+from nibble.data import Batch
+from nibble.errors import ConfigError
+from nibble.place.single import Single
+from nibble.spec.arch import architecture
+from nibble.spec.config import Recipe
+from nibble.spec.hardware import Hardware, hardware
+from nibble.spec.plan import Plan, plan
+from nibble.spec.units import GIB
+from nibble.train.checkpoint import Checkpoints
+from nibble.train.folder import gather_versions
+from nibble.train.interrupt import Interrupt
+from nibble.train.loop import Settings, _Run
+from nibble.train.report import Report
+from nibble.train.state import TrainState, seed_everything
+from nibble.use.assemble import Assembly, fill
+from nibble.use.objective import objective
+
+IGNORE = -100
+NUM_SCHEDULED_STEPS = 1000
+
+
+class RandomSteps:
+    """Steps of one micro-batch of random tokens, fresh ones each time; every token is a target."""
+
+    def __init__(self, *, vocabulary: int, rows: int, length: int) -> None:
+        self.vocabulary, self.shape = vocabulary, (rows, length)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        rows, length = self.shape
+        ids = torch.randint(0, self.vocabulary, self.shape, generator=self.generator)
+        labels = ids.roll(-1, dims=1)
+        labels[:, -1] = IGNORE
+        return [
+            Batch(
+                input_ids=ids,
+                labels=labels,
+                position_ids=None,
+                attention_mask=None,
+                num_targets=rows * (length - 1),
+                num_tokens=rows * length,
+                doc_lengths=((length,),) * rows,
+            )
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def main() -> None:
+    options = _options()
+    case = CASES[options.case]
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), case.config)
+        recipe = _recipe(options, folder)
+        seed_everything(recipe.train.seed)
+        place = Single(recipe.place)
+        assembly, build_s = _built(recipe, place)
+        about = _about(options, assembly, place)
+        static = torch.cuda.memory_allocated() / GIB if place.device.type == "cuda" else 0.0
+        summary = assembly.summary
+        _say(
+            bench="built",
+            trains=f"{summary.num_trainable:,} of {summary.num_total:,}",
+            build_s=round(build_s, 1),
+            static_gib=round(static, 2),
+            **about,
+            versions=gather_versions(seed=recipe.train.seed) | {"command": None},
+            commit=os.environ.get("NIBBLE_COMMIT"),
+        )
+        run = _run(recipe, assembly, place, Path(folder))
+        for word in options.batches.split(","):
+            rows, length = map(int, word.split("x"))
+            _measure(options, assembly, run, rows=rows, length=length, about=about)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--batches", help="ROWSxTOKENS, ...")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=3)
+    options = parser.parse_intermixed_args()
+    options.batches = options.batches or CASES[options.case].batches
+    return options
+
+
+def _recipe(options: argparse.Namespace, folder: str) -> Recipe:
+    """The case's recipe with the overrides, for the model whose config.json is in `folder`."""
+    words = {section: dict(keys) for section, keys in CASES[options.case].recipe.items()}
+    words["model"] = {"path": folder}
+    for override in options.overrides:
+        key, _, value = override.partition("=")
+        section, _, name = key.partition(".")
+        words.setdefault(section, {})[name] = yaml.safe_load(value)
+    return Recipe.model_validate(words)
+
+
+def _built(recipe: Recipe, place: Single) -> tuple[Assembly, float]:
+    """The model in its place with random weights, and the seconds that it took."""
+    start = time.perf_counter()
+    assembly = assemble_random(recipe, device=place.device)
+    fill(assembly, place, checkpointing=recipe.train.activation_checkpointing)
+    _wait(place)
+    return assembly, time.perf_counter() - start
+
+
+def _about(options: argparse.Namespace, assembly: Assembly, place: Single) -> dict[str, Any]:
+    on_gpu = place.device.type == "cuda"
+    return {
+        "case": options.case,
+        "overrides": options.overrides,
+        "num_trainable": assembly.summary.num_trainable,
+        "device": torch.cuda.get_device_name(place.device)
+        if on_gpu
+        else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def _run(recipe: Recipe, assembly: Assembly, place: Single, folder: Path) -> _Run:
+    """What `run.train` hands to the loop, with nothing to load from and nowhere to report to."""
+    model = assembly.model
+    optimizer, schedule = optim.build(
+        model, recipe.optim, total_steps=NUM_SCHEDULED_STEPS, seed=recipe.train.seed
+    )
+    loss = objective(
+        assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
+    )
+    loader = RandomSteps(vocabulary=1, rows=1, length=2)
+    state = TrainState(model=model, optimizer=optimizer, schedule=schedule, loader=loader)
+    settings = Settings(
+        max_steps=NUM_SCHEDULED_STEPS,
+        steps_per_epoch=float(NUM_SCHEDULED_STEPS),
+        max_grad_norm=recipe.optim.max_grad_norm,
+    )
+    model.train()
+    checkpoints = Checkpoints(folder / "run", keep=1)
+    return _Run(state, place, loss, settings, Report(), checkpoints, None, Interrupt())
+
+
+def _measure(
+    options: argparse.Namespace,
+    assembly: Assembly,
+    run: _Run,
+    *,
+    rows: int,
+    length: int,
+    about: dict[str, Any],
+) -> None:
+    """Print the line of one batch size, and that of the profile."""
+    place = run.place
+    vocabulary = assembly.built.config.get_text_config().vocab_size
+    steps = RandomSteps(vocabulary=vocabulary, rows=rows, length=length)
+    row: dict[str, Any] = {"bench": "step", **about, "batch": f"{rows}x{length}"}
+    row |= _planned(assembly.recipe, place, rows=rows, length=length)
+    place.reset_memory()
+    try:
+        walls_s, hosts_s, loss = _times(options, run, steps)
+    except torch.OutOfMemoryError:
+        _say(**row, out_of_memory=True, **_peak(place))
+        run.state.optimizer.zero_grad(set_to_none=True)
+        return
+    median_s = statistics.median(walls_s)
+    _say(
+        **row,
+        tokens_per_s=round(rows * length / median_s, 1),
+        step_ms=round(median_s * 1e3, 2),
+        min_ms=round(min(walls_s) * 1e3, 2),
+        max_ms=round(max(walls_s) * 1e3, 2),
+        host_ms=round(statistics.median(hosts_s) * 1e3, 2),
+        loss=round(loss, 4),
+        first_loss_of_chance=round(math.log(vocabulary), 4),
+        **_peak(place),
+    )
+    if options.profile:
+        found = kernel_times(lambda: run.step(next(steps)), device=place.device)
+        _say(bench="profile", **about, batch=f"{rows}x{length}", **found)
+
+
+def _times(
+    options: argparse.Namespace, run: _Run, steps: RandomSteps
+) -> tuple[list[float], list[float], float]:
+    """Seconds of each step, the host's part of them, and the last loss."""
+    walls_s, hosts_s = [], []
+    loss = math.nan
+    for number in range(options.warmup + options.steps):
+        batches = next(steps)
+        _wait(run.place)
+        start = time.perf_counter()
+        result = run.step(batches)
+        launched = time.perf_counter()
+        _wait(run.place)
+        end = time.perf_counter()
+        if number >= options.warmup:
+            walls_s.append(end - start)
+            hosts_s.append(launched - start)
+        loss = float(result.loss)
+    return walls_s, hosts_s, loss
+
+
+def _planned(recipe: Recipe, place: Single, *, rows: int, length: int) -> dict[str, Any]:
+    """What the plan says of this batch size: peak GiB without the CUDA context, and tokens/s."""
+    sized = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"micro_batch_size": rows}),
+            "data": recipe.data.model_copy(update={"max_length": length}),
+        }
+    )
+    made: Plan = plan(
+        sized,
+        architecture=architecture(recipe.model),
+        hardware=_card(place),
+        on_cpu=place.device.type == "cpu",
+    )
+    speed = None if made.speed is None else made.speed.to_json()
+    peak = {name: round(size / GIB, 3) for name, size in made.peak.device.items()}
+    return {
+        "planned_gib": round(made.allocator_bytes / GIB, 2),
+        "planned_at": f"{made.peak.name}: {made.peak.moment}",
+        "planned_parts_gib": peak,
+        "planned_speed": speed,
+    }
+
+
+def _card(place: Single) -> Hardware | None:
+    if place.device.type != "cuda":
+        return None
+    try:
+        return hardware(torch.cuda.get_device_name(place.device))
+    except ConfigError:
+        return None
+
+
+def _peak(place: Single) -> dict[str, float]:
+    memory = place.memory()
+    return {
+        "allocated_gib": round(memory.allocated_bytes / GIB, 2),
+        "reserved_gib": round(memory.reserved_bytes / GIB, 2),
+    }
+
+
+def _wait(place: Single) -> None:
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+
+
+def _say(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+if __name__ == "__main__":
+    main()
