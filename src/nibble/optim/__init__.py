@@ -6,6 +6,7 @@ from nibble.optim.groups import GroupRule, GroupSummary, build, group_parameters
 from nibble.optim.layerwise import Layerwise, layerwise_
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule
+from nibble.optim.stores import Int8Store, keep_int8_
 
 __all__ = [
     "GaLoreAdafactor",
@@ -13,12 +14,14 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GroupRule",
     "GroupSummary",
+    "Int8Store",
     "Layerwise",
     "Optimizer",
     "Schedule",
     "build",
     "clip_grad_norm_",
     "group_parameters",
+    "keep_int8_",
     "layerwise_",
     "summarise",
 ]

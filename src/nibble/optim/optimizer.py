@@ -34,6 +34,7 @@ from nibble.optim.options import check_constructor, check_group, check_projects
 from nibble.optim.projection import (
     ProjectedPiece,
     Projection,
+    Store,
     projected_batches,
     projections,
     step_projected_,
@@ -116,6 +117,7 @@ class Optimizer(torch.optim.Optimizer):
             "decay_last": decay_last,
             **{key: getattr(low_rank, key) for key in LOW_RANK_KEYS},
         }
+        self.stores: dict[Tensor, Store] = {}
         super().__init__(params, defaults)
         check_constructor(defaults, self.param_groups)
 
@@ -189,7 +191,12 @@ class Optimizer(torch.optim.Optimizer):
                 piece = Piece(weight=weight, grad=weight.grad, state=state)
                 plain.setdefault(kind, []).append(piece)
             else:
-                matrix = ProjectedPiece(weight=weight, projection=projection, state=state)
+                matrix = ProjectedPiece(
+                    weight=weight,
+                    projection=projection,
+                    state=state,
+                    store=self.stores.get(weight),
+                )
                 projected.setdefault(kind, []).append(matrix)
         return plain, projected
 

@@ -96,7 +96,7 @@ _QUESTIONS: set[Any] = {
     Tensor.is_complex,
     Tensor.requires_grad_,
     *(
-        vars(torch._C.TensorBase)[name].__get__
+        getattr(Tensor, name).__get__
         for name in (
             "shape",
             "dtype",

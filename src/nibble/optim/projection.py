@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -188,12 +188,23 @@ def projections(index: int, group: dict[str, Any]) -> dict[Tensor, Projection]:
     }
 
 
+class Store(Protocol):
+    """Where a parameter's values are if not in the parameter (stores.py)."""
+
+    def read(self, rows: slice) -> Tensor:
+        """Some rows in float32, a copy."""
+
+    def write_(self, rows: slice, values: Tensor, *, generator: torch.Generator) -> None:
+        """Keep some rows, rounded with the generator's noise."""
+
+
 class ProjectedPiece(NamedTuple):
-    """A projected parameter with its state."""
+    """A projected parameter with its state, and the store of its values if it has one."""
 
     weight: Tensor
     projection: Projection
     state: dict[str, Any]
+    store: Store | None = None
 
 
 def projected_batches(pieces: list[ProjectedPiece]) -> Iterator[list[ProjectedPiece]]:
@@ -333,16 +344,17 @@ def _move_by_rows_(
     piece: ProjectedPiece, whole: _Whole, *, group: dict[str, Any], noise: torch.Generator | None
 ) -> None:
     """Apply an update to its weight, some rows at a time."""
-    weight = piece.weight
-    shape = piece.projection.matrix_shape
+    weight, shape = piece.weight, piece.projection.matrix_shape
+    scale = piece.projection.low.scale
+    if piece.store is not None:
+        generator = piece.projection.generator(piece.state["step"], "left", purpose=2)
+        for rows in _chunks(whole, shape[0]):
+            values = piece.store.read(rows)
+            move_([values], [whole.rows(rows)], group=group, noise=None, scale=scale)
+            piece.store.write_(rows, values, generator=generator)
+        return
     rows_of = weight if weight.dim() == 2 else weight.reshape(shape)
     for rows in _chunks(whole, shape[0]):
-        move_(
-            [rows_of[rows]],
-            [whole.rows(rows)],
-            group=group,
-            noise=noise,
-            scale=piece.projection.low.scale,
-        )
+        move_([rows_of[rows]], [whole.rows(rows)], group=group, noise=noise, scale=scale)
     if rows_of.data_ptr() != weight.data_ptr():  # a kernel in channels-last order was copied
         weight.copy_(rows_of.view(weight.shape))

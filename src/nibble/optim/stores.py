@@ -1,0 +1,64 @@
+"""Weights that are not kept as floats: how the optimiser reads and writes some rows of one.
+
+A parameter may be a mere stand-in that takes gradients while its values are INT8 codes with scales.
+`keep_int8_` tells the optimiser, which then updates the codes by rows: a float copy exists of a
+chunk of rows and never of the matrix (arXiv 2407.08296). Rounding is always stochastic here; to
+nearest, almost every update would be lost.
+
+Only for projected matrices: what is small enough to follow the plain rule may stay float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nibble.errors import ConfigError
+from nibble.numerics import int8_weights
+from nibble.optim.optimizer import Optimizer
+from nibble.optim.projection import projections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Store:
+    """The codes int8 [out, in] and scales float32 [out, groups] of one weight."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def read(self, rows: slice) -> Tensor:
+        """Some rows in float32, a copy."""
+        return int8_weights.decode(self.codes[rows], self.scales[rows], dtype=torch.float32)
+
+    def write_(self, rows: slice, values: Tensor, *, generator: torch.Generator) -> None:
+        """Round some rows stochastically and keep them."""
+        codes, scales = int8_weights.encode(values, generator=generator)
+        self.codes[rows].copy_(codes)
+        self.scales[rows].copy_(scales)
+
+
+def keep_int8_(optimizer: Optimizer, stores: Mapping[Tensor, Int8Store]) -> None:
+    """Let `optimizer` update the codes of these parameters in place of their own values.
+
+    Raises ConfigError for a parameter that is not of this optimiser or that it does not project.
+    """
+    projected = {
+        weight: projection
+        for index, group in enumerate(optimizer.param_groups)
+        for weight, projection in projections(index, group).items()
+    }
+    for weight, store in stores.items():
+        if weight not in projected:
+            raise ConfigError(
+                f"an INT8 weight of shape {list(weight.shape)} is not projected by the optimiser: "
+                "put it in a group with a rank that fits, or keep it float"
+            )
+        if store.codes.shape != weight.shape:
+            raise ConfigError(
+                f"INT8 codes of shape {list(store.codes.shape)} do not fit a parameter of shape "
+                f"{list(weight.shape)}: give each parameter its own codes"
+            )
+    optimizer.stores.update(stores)
