@@ -146,6 +146,7 @@ def test_adapted_llama_keeps_what_the_list_says(
         adapted=frozenset(summary.targets),
         rank=4,
         dora=kind == "dora",
+        cast=not (quantised and kind == "lora"),
     )
     measured = count(model, embeddings_need_grad=False)
     for index, planned in enumerate(kept_by_blocks(shape, work)):

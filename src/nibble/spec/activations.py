@@ -14,8 +14,8 @@ heads, e bytes a number (2 in bf16). A block keeps
     MLP plain     e f T              input of the activation (gelu_new: 4 e f T)
     linears       e (in) T           their input where the weight is trained or adapted, once for
                                      all linears that read it; packed and frozen linears keep none
-    LoRA          e r T, and e r (in + out) once: A x and the copies of A and B in type e;
-                  with dropout its own input and a mask of a byte: (e + 1) (in) T
+    LoRA          e r T: A x; around a linear of 16 bit also e r (in + out), copies of A and B in
+                  type e; with dropout its own input and a mask of a byte: (e + 1) (in) T
     DoRA          e (out) T more
     dropout       h T                a byte an element
 
@@ -39,8 +39,8 @@ class Work:
 
     `element`: bytes of the compute type. `everything`: the base itself is trained;
     `trained_blocks`: only these blocks of it. `adapted`: modules with a low-rank update of `rank`;
-    `cast`: it is stored in another type than it computes in. `packed_rows`: several documents in a
-    row.
+    `cast`: copies of it in the type that it computes in are kept. `packed_rows`: several documents
+    in a row.
     """
 
     tokens: int

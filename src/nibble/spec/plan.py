@@ -246,7 +246,8 @@ def work_of(recipe: Recipe, stock: Inventory) -> Work:
         rank=adapter.rank if low_rank else 0,
         dora=adapter.kind == "dora",
         adapter_dropout=adapter.dropout if low_rank else 0.0,
-        cast=stored != compute,
+        # LoRA around a packed linear casts again instead (nn/quant.py).
+        cast=stored != compute and not (adapter.kind == "lora" and stock.num_packed > 0),
         packed_rows=recipe.data.packing,
     )
 
