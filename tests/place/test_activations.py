@@ -121,3 +121,49 @@ def test_transformers_blocks_with_caches_and_masks() -> None:
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_last_linear_is_not_multiplied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QLoRA of a Llama: gradients are the same bit for bit, and of a block's 7 linears one is
+    unpacked forward and backward only, the others also when recomputed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nibble.nn import quant
+    from nibble.nn.adapters import adapt_
+    from nibble.numerics.formats import unpack
+    from nibble.spec.config import Adapter, Quant
+    from nibble.spec.formats import format_spec
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=96, tie_word_embeddings=False,
+    )  # fmt: skip
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(4))
+    num_unpacked = 0
+
+    def counted(*args: Any, **words: Any) -> Tensor:
+        nonlocal num_unpacked
+        num_unpacked += 1
+        return unpack(*args, **words)
+
+    monkeypatch.setattr(quant, "select", lambda *_, **__: counted)
+    grads, counts = [], []
+    for policy in ("none", "full"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).train()
+        quant.quantize_(model, format_spec(Quant(format="nf4")))
+        words = Adapter(kind="lora", rank=4, alpha=6.0)
+        adapt_(model, words, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                nn.init.normal_(parameter, std=0.1)
+        checkpoint_(list(model.model.layers), policy=policy)
+        num_unpacked = 0
+        model(input_ids=ids, use_cache=False).logits.pow(2).mean().backward()
+        counts.append(num_unpacked)
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    # Nothing trained lies before the first block's q, k and v: no gradient of x is needed there.
+    assert counts == [2 * 7 * 2 - 3, 2 * 7 * 2 - 3 + 2 * 6]
+    assert len(grads[0]) == 2 * 2 * 7
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)

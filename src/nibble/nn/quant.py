@@ -95,6 +95,9 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.spec = spec
         self.kernels = kernels
+        self.keeps_first = False
+        """Keep what backward needs before multiplying (`_Product`). A recomputation ends with the
+        last tensor kept, so a block's last linear is then not multiplied again in vain."""
         self._chosen: dict[str, tuple[Unpack, Matmul | None]] = {}
         stored = spec.tensors(self.shape)
         self._names = tuple(stored)
@@ -119,9 +122,12 @@ class QuantLinear(nn.Module):
             result: Tensor = _FrozenLinear.apply(x, self)  # type: ignore[no-untyped-call]
             return result
         seen = None if update.x is x else update.x
+        held: list[Tensor] | None = [] if self.keeps_first and torch.is_grad_enabled() else None
         result = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-            x, seen, update.a, update.b, update.scaling, self
+            x, seen, update.a, update.b, update.scaling, self, held
         )
+        if held is not None:
+            result = _Product.apply(result, held, update, self)  # type: ignore[no-untyped-call]
         return result
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -241,6 +247,7 @@ class _AdaptedLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         linear: QuantLinear,
+        held: list[Tensor] | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         seen_rows = rows if seen is None else seen.reshape(-1, seen.shape[-1])
@@ -248,8 +255,10 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.linear, ctx.a, ctx.b, ctx.scaling = linear, a, b, scaling
         ctx.shape, ctx.is_x, ctx.versions = x.shape, seen is None, (a._version, b._version)
         ctx.save_for_backward(seen_rows, low)
-        y = linear._product(rows).addmm_(low, b.to(x.dtype).t(), alpha=scaling)
-        return y.view(*x.shape[:-1], -1)
+        if held is not None:
+            held += [rows, low]
+            return x.new_empty(1).expand(*x.shape[:-1], linear.out_features)
+        return _adapted_product(linear, rows, low, b, scaling).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -275,7 +284,30 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_b = torch.mm(rows.t(), low)
             if ctx.scaling != 1.0:
                 grad_b *= ctx.scaling
-        return grad_x, grad_seen, grad_a, grad_b, None, None
+        return grad_x, grad_seen, grad_a, grad_b, None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """The output of an `_AdaptedLinear` that gave an empty one of its shape; keeps nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, empty: Tensor, held: list[Tensor], update: LowRank, linear: QuantLinear
+    ) -> Tensor:
+        rows, low = held
+        y = _adapted_product(linear, rows, low, update.b, update.scaling)
+        held.clear()
+        return y.view(empty.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad, None, None, None
+
+
+def _adapted_product(
+    linear: QuantLinear, rows: Tensor, low: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    return linear._product(rows).addmm_(low, b.to(rows.dtype).t(), alpha=scaling)
 
 
 def is_linear(module: nn.Module) -> bool:

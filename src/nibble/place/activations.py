@@ -5,7 +5,8 @@ Memory of activations falls from L blocks to one block plus L inputs, for one mo
 us, without touching transformers' own switch, whose wrapper differs between families and drops
 arguments that are not tensors by name. Dropout draws the same numbers in both passes because the
 generators' states are kept with the input, so gradients are the same with and without. In
-evaluation nothing is wrapped: no graph, no cost.
+evaluation nothing is wrapped: no graph, no cost. The recomputation ends with the last tensor that
+backward wants: the last linear of a block is told to keep its own before it multiplies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from nibble.nn.quant import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -44,4 +47,7 @@ def checkpoint_(blocks: Sequence[nn.Module], *, policy: str) -> int:
     for block in blocks:
         if not isinstance(block.forward, Recomputed):
             block.forward = Recomputed(block.forward)
+        linears = [module for module in block.modules() if isinstance(module, QuantLinear)]
+        for linear in linears[-1:]:
+            linear.keeps_first = True
     return len(blocks)
