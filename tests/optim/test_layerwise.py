@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.errors import ConfigError
-from nibble.optim import Optimizer, clip_grad_norm_, layerwise_
+from nibble.optim import Optimizer, clip_grad_norm_, layerwise_, small_tensors
 from nibble.optim.projected_grad import ProjectedGrad
 from nibble.spec.lowrank import BASIS_STORAGE, PROJ_TYPES
 from nibble.spec.state import CODECS, RULES
@@ -161,6 +161,46 @@ def test_micro_batches_equal_one_batch_in_bfloat16() -> None:
     for a, b in zip(whole.projected(), parts.projected(), strict=True):
         distance = torch.linalg.matrix_norm(a.float() - b.float())
         assert distance <= 5e-3 * torch.linalg.matrix_norm(a.float())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_that_sum_small_tensors_equal_one(name: str) -> None:
+    one, optimizer = build(ROWS[name], eps=1e-6)
+    layerwise_(optimizer)
+    train(one, optimizer, steps=range(8), num_parts=2, max_norm=0.5)
+
+    ranks = [build(ROWS[name], eps=1e-6) for _ in range(2)]
+    for _, optimizer in ranks:
+        layerwise_(optimizer)
+    num_bytes = []
+    for step in range(8):
+        for number, (model, optimizer) in enumerate(ranks):
+            optimizer.zero_grad()
+            losses_of(model, step=step, num_parts=2)[number].backward()
+        ids = {id(weight) for model, _ in ranks for weight in model.projected()}
+        travelling = [
+            [
+                *small_tensors(model.parameters()),
+                *(p.grad for p in model.parameters() if id(p) not in ids),
+            ]
+            for model, _ in ranks
+        ]
+        num_bytes.append(sum(t.nbytes for t in small_tensors(ranks[0][0].parameters())))
+        for first, second in zip(*travelling, strict=True):
+            first.add_(second)
+            second.copy_(first)
+        for model, optimizer in ranks:
+            clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    for first, second in zip(*(model.parameters() for model, _ in ranks), strict=True):
+        assert torch.equal(first, second)
+    codec = ROWS[name].get("codec", "fp32")
+    bound = {"fp32": 1e-5, "bf16": 5e-3, "8bit": 5e-3}[codec]
+    assert relative(ranks[0][0], one) <= bound
+    # Without a sketch under way, rank over side of what whole gradients would be.
+    if ROWS[name].get("proj_type", "std") == "std":
+        whole = sum(weight.nbytes for weight in one.projected())
+        assert min(num_bytes) <= whole * 8 / 40
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from nibble.errors import CheckpointError, ConfigError
 from nibble.numerics import lowrank
-from nibble.optim import GroupRule, Optimizer, batches, group_parameters, summarise
+from nibble.optim import (
+    GroupRule,
+    Optimizer,
+    batches,
+    group_parameters,
+    low_rank_rules,
+    summarise,
+)
 from nibble.optim.projection import projections
 from nibble.spec.lowrank import (
     BASES,
@@ -368,6 +376,19 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
         assert_equal(before, [weight.detach() for weight in weights])
 
 
+def test_options_may_change_and_copies_go_on() -> None:
+    weights, optimizer = make(ROWS["galore"], codec="fp32", dtype=torch.float32, gap=50)
+    train(optimizer, weights, steps=range(2))
+    copied = copy.deepcopy((weights, optimizer))
+    for some, own in ((weights, optimizer), copied):
+        own.param_groups[0]["scale"] = 0.0
+        own.param_groups[0]["weight_decay"] = 0.0
+        before = some[0].detach().clone()
+        train(own, some, steps=range(2, 3))
+        assert torch.equal(some[0], before)
+    assert_equal(copied[0], weights)
+
+
 class Model(nn.Module):
     """An embedding, a tied head, a projection, a small matrix and a bias."""
 
@@ -400,6 +421,27 @@ def test_groups_say_what_is_projected() -> None:
     nothing = (GroupRule(name="projected", pattern="q_proj", required=True), *rules[1:])
     with pytest.raises(ConfigError, match="'q_proj' of group projected matches no trainable"):
         group_parameters(model.named_parameters(), rules=nothing)
+
+
+def test_rules_leave_embeddings_heads_and_vectors_plain() -> None:
+    model = Model()
+    rules = low_rank_rules({"rank": 4, **METHODS["galore"]})
+    groups = group_parameters(model.named_parameters(), rules=rules)
+    lines = {line.name: line for line in summarise(Optimizer(groups))}
+    assert {name: (line.num_tensors, line.rank) for name, line in lines.items()} == {
+        "biases": (1, 0),
+        "embeddings": (1, 0),
+        "projected": (2, 4),
+    }
+    chosen = low_rank_rules({"rank": 4}, target=r"^tiny")
+    named = group_parameters(model.named_parameters(), rules=chosen)
+    assert {group["name"]: len(group["params"]) for group in named} == {
+        "biases": 1,
+        "projected": 1,
+        "matrices": 2,
+    }
+    with pytest.raises(ConfigError, match="the target 'q_proj' of group projected matches no"):
+        group_parameters(model.named_parameters(), rules=low_rank_rules({}, target="q_proj"))
 
 
 @pytest.mark.parametrize(

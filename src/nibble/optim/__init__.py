@@ -2,9 +2,17 @@
 
 from nibble.optim.clipping import clip_grad_norm_
 from nibble.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from nibble.optim.groups import GroupRule, GroupSummary, build, group_parameters, summarise
+from nibble.optim.groups import (
+    GroupRule,
+    GroupSummary,
+    build,
+    group_parameters,
+    low_rank_rules,
+    summarise,
+)
 from nibble.optim.layerwise import Layerwise, layerwise_
 from nibble.optim.optimizer import Optimizer
+from nibble.optim.projected_grad import small_tensors
 from nibble.optim.schedules import Schedule
 from nibble.optim.stores import Int8Store, keep_int8_
 
@@ -23,5 +31,7 @@ __all__ = [
     "group_parameters",
     "keep_int8_",
     "layerwise_",
+    "low_rank_rules",
+    "small_tensors",
     "summarise",
 ]

@@ -54,6 +54,28 @@ DEFAULT_RULES = (
 )
 
 
+EMBEDDINGS = r"(^|[._])(embed|wte|wpe|word_embeddings|lm_head|embed_out|score|classifier)"
+"""Names of embeddings and heads: a row of theirs has a gradient where its token is, or the next
+one; few directions serve all tokens badly, so low-rank methods leave them to the plain rule."""
+
+
+def low_rank_rules(
+    values: Mapping[str, Any], *, target: str | None = None
+) -> tuple[GroupRule, ...]:
+    """Rules that give matrices to the group `projected` with `values`: rank, scale and others.
+
+    `target`: a pattern of parameter names, instead of every matrix but embeddings and heads. All
+    else follows the plain rule. A target that matches nothing is refused when groups are made.
+    """
+    biases, vectors, matrices = DEFAULT_RULES
+    if target is not None:
+        chosen = GroupRule(name="projected", pattern=target, required=True, values=values)
+        return (biases, vectors, chosen, matrices)
+    embeddings = GroupRule(name="embeddings", pattern=EMBEDDINGS)
+    chosen = GroupRule(name="projected", pattern="", required=True, values=values)
+    return (biases, vectors, embeddings, chosen)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary:
     """What a report says of one group; bytes are of optimiser state.

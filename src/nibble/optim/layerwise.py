@@ -31,7 +31,7 @@ from nibble.errors import ConfigError
 from nibble.numerics import lowrank
 from nibble.optim.optimizer import Optimizer, initialise_
 from nibble.optim.projected_grad import ProjectedGrad, projected_grad
-from nibble.optim.projection import Projection, projections
+from nibble.optim.projection import Projection
 
 FIRST_STEPS = 16
 """Steps within which all matrices leave their random first bases."""
@@ -66,7 +66,7 @@ class Layerwise:
         self._found = {
             weight: (projection, group)
             for index, group in enumerate(self._optimizer.param_groups)
-            for weight, projection in projections(index, group).items()
+            for weight, projection in self._optimizer.projections(index).items()
         }
 
     def _before(self, weight: Tensor) -> Any:

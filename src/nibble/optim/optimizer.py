@@ -118,6 +118,7 @@ class Optimizer(torch.optim.Optimizer):
             **{key: getattr(low_rank, key) for key in LOW_RANK_KEYS},
         }
         self.stores: dict[Tensor, Store] = {}
+        self._projected: dict[int, tuple[tuple[Any, ...], dict[Tensor, Projection]]] = {}
         super().__init__(params, defaults)
         check_constructor(defaults, self.param_groups)
 
@@ -169,7 +170,7 @@ class Optimizer(torch.optim.Optimizer):
         """Parameters with gradients, their steps counted on, by what may share a batch."""
         plain: dict[Kind, list[Piece]] = {}
         projected: dict[Kind, list[ProjectedPiece]] = {}
-        own_projections = projections(index, group)
+        own_projections = self.projections(index)
         for weight in group["params"]:
             if weight.grad is None or weight.numel() == 0:
                 continue
@@ -199,6 +200,19 @@ class Optimizer(torch.optim.Optimizer):
                 )
                 projected.setdefault(kind, []).append(matrix)
         return plain, projected
+
+    def projections(self, index: int) -> dict[Tensor, Projection]:
+        """The projected parameters of a group, by the options that the group has now."""
+        group = self.param_groups[index]
+        options = (*(group[key] for key in LOW_RANK_KEYS), group["seed"], len(group["params"]))
+        if index not in self._projected or self._projected[index][0] != options:
+            self._projected[index] = (options, projections(index, group))
+        return self._projected[index][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles what it knows of.
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "stores": self.stores, "_projected": {}}
 
     def _counted_state(
         self, weight: Tensor, group: dict[str, Any], projection: Projection | None

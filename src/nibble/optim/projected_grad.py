@@ -68,6 +68,21 @@ def projected_grad(like: Tensor, *, small: Tensor, sketches: dict[str, Tensor]) 
     return grad
 
 
+def small_tensors(params: Iterable[Tensor]) -> list[Tensor]:
+    """What is to be summed over ranks in place of gradients: projections and sketches, in order.
+
+    Ranks whose parameters, options and seeds are equal have equal bases and so equal shapes here,
+    and sums of these make the step of the sum of their batches. Gradients that are whole are not
+    among them.
+    """
+    return [
+        part
+        for param in params
+        if isinstance(param.grad, ProjectedGrad)
+        for part in _parts(param.grad, False)
+    ]
+
+
 def _parts(grad: Tensor, only_small: bool) -> list[Tensor]:
     """The tensors that a gradient consists of."""
     if not isinstance(grad, ProjectedGrad):

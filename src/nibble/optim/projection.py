@@ -48,17 +48,22 @@ _SMALL_BYTES = 48
 _ROW_BYTES = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
     """How one parameter is projected, and the numbers that its random streams hang on."""
 
     low: LowRank
+    weight: Tensor
     shape: tuple[int, ...]
-    device: torch.device
     seed: int
     index: int
     position: int
     first_gap: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameter is now: a model may move after its optimiser was made."""
+        return self.weight.device
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -177,8 +182,8 @@ def projections(index: int, group: dict[str, Any]) -> dict[Tensor, Projection]:
     return {
         weight: Projection(
             low=low,
+            weight=weight,
             shape=tuple(weight.shape),
-            device=weight.device,
             seed=group["seed"],
             index=index,
             position=position,

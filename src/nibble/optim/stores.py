@@ -19,7 +19,6 @@ from torch import Tensor
 from nibble.errors import ConfigError
 from nibble.numerics import int8_weights
 from nibble.optim.optimizer import Optimizer
-from nibble.optim.projection import projections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +45,9 @@ def keep_int8_(optimizer: Optimizer, stores: Mapping[Tensor, Int8Store]) -> None
     Raises ConfigError for a parameter that is not of this optimiser or that it does not project.
     """
     projected = {
-        weight: projection
-        for index, group in enumerate(optimizer.param_groups)
-        for weight, projection in projections(index, group).items()
+        weight
+        for index in range(len(optimizer.param_groups))
+        for weight in optimizer.projections(index)
     }
     for weight, store in stores.items():
         if weight not in projected:
