@@ -25,6 +25,7 @@ from nibble.errors import ConfigError, PlanError
 from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
+from nibble.optim.schedules import factor, num_warmup_steps
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained
 from nibble.place.single import Single
 from nibble.spec.advice import advise
@@ -267,15 +268,6 @@ def _load(
 ) -> tuple[TrainState, Settings]:
     """The model with its weights, the loader, the optimiser, and the numbers of the loop."""
     recipe = assembly.recipe
-    with report.phase("load weights") as phase:
-        model = fill(
-            assembly,
-            place,
-            checkpointing=recipe.train.activation_checkpointing,
-            advance=lambda done, total: phase.at(done, total),
-        )
-    if recipe.adapter.path is not None:
-        load_adapter(model, Path(recipe.adapter.path))
     loader = Loader(
         splits.train,
         micro_batch_size=recipe.train.micro_batch_size,
@@ -289,6 +281,16 @@ def _load(
         shuffle=recipe.data.shuffle,
     )
     max_steps = recipe.train.max_steps or loader.total_steps(recipe.train.epochs)
+    _check_schedule(recipe, max_steps)
+    with report.phase("load weights") as phase:
+        model = fill(
+            assembly,
+            place,
+            checkpointing=recipe.train.activation_checkpointing,
+            advance=lambda done, total: phase.at(done, total),
+        )
+    if recipe.adapter.path is not None:
+        load_adapter(model, Path(recipe.adapter.path))
     optimizer, schedule = optim.build(
         model, recipe.optim, total_steps=max_steps, seed=recipe.train.seed
     )
@@ -310,6 +312,21 @@ def _load(
         autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
     )
     return state, settings
+
+
+def _check_schedule(recipe: Recipe, max_steps: int) -> None:
+    """Raise ConfigError for a warm-up longer than the run, before weights are read."""
+    words = recipe.optim
+    warmup_steps = num_warmup_steps(
+        total_steps=max_steps, warmup_steps=words.warmup_steps, warmup_ratio=words.warmup_ratio
+    )
+    factor(
+        0,
+        total_steps=max_steps,
+        warmup_steps=warmup_steps,
+        floor_ratio=words.floor_ratio,
+        name=words.schedule,
+    )
 
 
 def _evaluation(
