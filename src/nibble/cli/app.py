@@ -84,10 +84,15 @@ def chat(
     model: RunOrModel,
     prompt: Annotated[str | None, typer.Option(help="Ask one question and stop.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default 512, or half of a shorter context.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
+    ] = None,
     base: Annotated[bool, typer.Option(help="Ask the model as it was before the run.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -99,9 +104,8 @@ def chat(
         model,
         prompt=prompt,
         system=system,
-        how=sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-        ),
+        how=sampling(temperature=temperature, top_p=top_p, seed=seed, stop=stop or ()),
+        max_new_tokens=max_new_tokens,
         base=base,
         device=device,
     )

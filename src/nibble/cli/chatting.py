@@ -7,23 +7,34 @@ answer; Ctrl-D or /quit ends the conversation; /new forgets it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nibble.cli.loading import Loaded, load, resolve
-from nibble.errors import ConfigError
+from nibble.errors import ConfigError, DataError
 from nibble.use.conversation import Message, fit
 from nibble.use.generate import Sampling, generate, render
 
 DEFAULT_CONTEXT = 2048
+DEFAULT_NEW_TOKENS = 512
 
 
 def sampling(
-    *, max_new_tokens: int, temperature: float, top_p: float, seed: int | None
+    *, temperature: float, top_p: float, seed: int | None, stop: Sequence[str] = ()
 ) -> Sampling:
     """The words of the command line as values; refuses what would have no effect."""
     if temperature == 0 and (top_p < 1 or seed is not None):
         raise ConfigError("--top-p and --seed have no effect without --temperature above 0")
-    return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if any(not text for text in stop):
+        raise ConfigError("--stop is empty: give the text that ends an answer")
+    texts = tuple(text.replace("\\n", "\n") for text in stop)
+    return Sampling(temperature=temperature, top_p=top_p, seed=seed, stop_texts=texts)
+
+
+def context_of(loaded: Loaded) -> int:
+    """Tokens of question and answer together that the model has room for."""
+    return loaded.assembly.built.family.max_positions or DEFAULT_CONTEXT
 
 
 class Chat:
@@ -31,8 +42,8 @@ class Chat:
 
     def __init__(self, loaded: Loaded, *, system: str | None, how: Sampling) -> None:
         self.model, self.tokenizer = loaded.model, loaded.assembly.tokenizer
-        self.how = how
-        context = loaded.assembly.built.family.max_positions or DEFAULT_CONTEXT
+        self.how = replace(how, stop_ids=(*how.stop_ids, *loaded.target.stop_ids))
+        context = context_of(loaded)
         self.room = context - how.max_new_tokens
         if self.room < 1:
             raise ConfigError(
@@ -47,7 +58,11 @@ class Chat:
         self.messages: list[Message] = list(self.system)
 
     def ask(self, question: str, out: Any) -> str:
-        """Add a question, stream the answer to `out`, keep both."""
+        """Add a question, stream the answer to `out`, keep both.
+
+        An answer that is interrupted is kept as far as it was shown, and the interruption raised
+        again.
+        """
         asked = [*self.messages, {"role": "user", "content": question}]
         if not self.tokenizer.chat_template:
             # A base model continues a text; it has no turns to remember.
@@ -63,21 +78,36 @@ class Chat:
                 file=sys.stderr,
             )
 
+        said: list[str] = []
+
         def show(text: str) -> None:
+            said.append(text)
             out.write(text)
             out.flush()
 
         prompt = render(self.tokenizer, list(fitted.messages))
-        answer = generate(self.model, self.tokenizer, prompt, sampling=self.how, on_text=show)
-        out.write("\n")
-        self.messages = [*fitted.messages, {"role": "assistant", "content": answer}]
+        try:
+            generate(self.model, self.tokenizer, prompt, sampling=self.how, on_text=show)
+        finally:
+            answer = "".join(said)
+            out.write("\n")
+            out.flush()
+            self.messages = [*fitted.messages, {"role": "assistant", "content": answer}]
         return answer
 
 
 def chat(
-    path: str, *, prompt: str | None, system: str | None, how: Sampling, base: bool, device: str
+    path: str,
+    *,
+    prompt: str | None,
+    system: str | None,
+    how: Sampling,
+    max_new_tokens: int | None,
+    base: bool,
+    device: str,
 ) -> None:
-    """Load and talk."""
+    """Load and talk. Answers have up to 512 tokens if not said otherwise, or half of a shorter
+    context."""
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt is empty: give a question")
     target = resolve(path, device=device, base=base)
@@ -85,7 +115,10 @@ def chat(
         raise ConfigError(
             f"{path} classifies and cannot talk: use nibble eval {path} for its scores"
         )
-    session = Chat(load(target), system=system, how=how)
+    loaded = load(target)
+    if max_new_tokens is None:
+        max_new_tokens = min(DEFAULT_NEW_TOKENS, max(1, context_of(loaded) // 2))
+    session = Chat(loaded, system=system, how=replace(how, max_new_tokens=max_new_tokens))
     if prompt is not None:
         session.ask(prompt, sys.stdout)
         return
@@ -115,4 +148,7 @@ def converse(session: Chat) -> None:
         try:
             session.ask(line, sys.stdout)
         except KeyboardInterrupt:
-            print("\n(stopped)", file=sys.stderr)
+            print("(stopped)", file=sys.stderr)
+        except DataError as error:
+            # A question that is too long is no reason to lose the conversation.
+            print(f"({error})", file=sys.stderr)

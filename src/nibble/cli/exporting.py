@@ -8,6 +8,7 @@ import typer
 
 from nibble.cli.loading import resolve, trained_file
 from nibble.cli.progress import loading_bar
+from nibble.cli.quiet import quiet_libraries
 from nibble.place.single import Single
 from nibble.use.assemble import assemble
 from nibble.use.export import check_kind
@@ -22,6 +23,7 @@ def export(
     path: str, *, to: str, out: Path | None, max_divergence: float | None, device: str
 ) -> None:
     """Export the newest checkpoint of a run."""
+    quiet_libraries()
     target = resolve(path, device=device)
     file = trained_file(target)
     recipe, run = target.recipe, target.run

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from nibble.cli.planning import plan_or_none
+from nibble.cli.quiet import quiet_libraries
 from nibble.spec.config import Recipe
 from nibble.spec.rules import check_trainable
 from nibble.spec.units import show_bytes
@@ -30,9 +29,7 @@ def train_recipe(recipe: Recipe, *, resume: bool) -> None:
         console.print()
     from nibble.run import train
 
-    # Libraries warn about their own future; a run's own messages are lines of its report.
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    quiet_libraries()
     result = train(recipe, resume=resume)
     outcome = result.outcome
     if outcome.interrupted:

@@ -120,7 +120,9 @@ def rows_scores(
             "tokens": sum(batch.num_targets for batch in batches),
         }
     predictions, targets = _classify(model, batches, place, assembly.built.family)
-    scores = classification_scores(predictions, targets, num_labels=splits.num_labels)
+    # The model's classes: the rows may hold fewer.
+    num_labels = recipe.model.num_labels or splits.num_labels
+    scores = classification_scores(predictions, targets, num_labels=num_labels)
     return {"loss": mean, **scores, "rows": len(rows)}
 
 

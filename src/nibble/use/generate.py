@@ -20,7 +20,11 @@ from nibble.use.conversation import Message
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy."""
+    """How the next token is chosen, and what ends an answer. temperature 0 is greedy.
+
+    `stop_ids` are tokens besides the model's own; `stop_texts` end the answer where they begin and
+    are not part of it.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -28,6 +32,8 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -49,12 +55,24 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 class Streamer:
     """Turns token ids into text pieces that can be printed at once (no half characters or words).
 
-    The contract is transformers' (`put`, `end`): the first `put` is the prompt and is skipped.
+    The contract is transformers' (`put`, `end`): the first `put` is the prompt and is skipped. Text
+    that may be the beginning of a stop text waits until it is certain; `stopped` is set by a whole
+    one.
     """
 
-    def __init__(self, tokenizer: Any, *, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        on_text: Callable[[str], None],
+        stop_texts: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         self.on_text = on_text
+        self.stop_ids = frozenset(stop_ids)
+        self.stop_texts = tuple(stop_texts)
+        self.stopped = False
         self.ids: list[int] = []
         self.shown = 0
         self.seen_prompt = False
@@ -63,21 +81,37 @@ class Streamer:
         if not self.seen_prompt:
             self.seen_prompt = True
             return
-        self.ids.extend(value.reshape(-1).tolist())
+        # Not every token that ends an answer is a special one, which decoding would skip.
+        self.ids.extend(i for i in value.reshape(-1).tolist() if i not in self.stop_ids)
         text = self.text()
         # A character that is not complete yet decodes to U+FFFD: wait for the rest of it.
-        if not text.endswith("\ufffd") and len(text) > self.shown:
-            self.on_text(text[self.shown :])
-            self.shown = len(text)
+        if not text.endswith("\ufffd"):
+            self._show(text[: len(text) - self._uncertain(text)])
 
     def end(self) -> None:
-        text = self.text()
+        self._show(self.text())
+
+    def _show(self, text: str) -> None:
         if len(text) > self.shown:
             self.on_text(text[self.shown :])
             self.shown = len(text)
 
+    def _uncertain(self, text: str) -> int:
+        """Characters at the end that may be the beginning of a stop text."""
+        lengths = [
+            length
+            for stop in self.stop_texts
+            for length in range(1, len(stop))
+            if text.endswith(stop[:length])
+        ]
+        return 0 if self.stopped else max(lengths, default=0)
+
     def text(self) -> str:
-        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        """All of the answer so far, up to the first stop text."""
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        found = [at for stop in self.stop_texts if (at := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        return text[: min(found)] if found else text
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -111,12 +145,22 @@ def generate(
     `on_text` receives each piece of text as soon as it is certain. KeyboardInterrupt ends the
     answer and is raised again after the streamer was flushed.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     ids = torch.tensor([list(prompt_ids)], device=device)
-    streamer = Streamer(tokenizer, on_text=on_text or (lambda text: None))
-    stops = stop_tokens(model, tokenizer)
+    stops = sorted({*stop_tokens(model, tokenizer), *sampling.stop_ids})
+    streamer = Streamer(
+        tokenizer,
+        on_text=on_text or (lambda text: None),
+        stop_texts=sampling.stop_texts,
+        stop_ids=stops,
+    )
+
+    def stopped(made: torch.Tensor, _scores: torch.Tensor, **_words: Any) -> torch.Tensor:
+        # transformers hands tokens on while it makes the next ones: noticed a token or two later.
+        return torch.full((made.shape[0],), streamer.stopped, device=made.device)
+
     sampled = sampling.temperature > 0
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -142,6 +186,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stopped]) if sampling.stop_texts else None,
         )
     except KeyboardInterrupt:
         streamer.end()
