@@ -103,3 +103,13 @@ def test_the_mixed_product_equals_eager(threshold: float, dtype: torch.dtype) ->
     assert ours.shape == (2, 3, 40)
     error = ((ours - eager).float().norm() / eager.float().norm()).item()
     assert error < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+@EVERY
+def test_a_launch_that_is_known_does_the_same(spec: FormatSpec) -> None:
+    """The first call compiles, the second takes the short way, an odd slice neither."""
+    first, second = (pack(spec, normal(4, 256) * scale) for scale in (1.0, 3.0))
+    twin = TWINS[spec.name].unpack
+    for packed in (first, second, first):
+        ours = twin(spec, packed, shape=(4, 256), dtype=torch.float32)
+        same(ours, unpack(spec, packed, shape=(4, 256), dtype=torch.float32))
