@@ -44,9 +44,11 @@ def train(
     optimizer: torch.optim.Optimizer, model: Model, *, steps: int, schedule: bool = True
 ) -> list[float]:
     losses = []
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 5) if schedule else 1.0
-    )
+    scheduler = None
+    if schedule:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 5)
+        )
     dtype = model.up.weight.dtype
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -55,7 +57,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(loss.item())
     return losses
 
@@ -105,12 +108,23 @@ def test_adamw_without_bias_correction_and_with_options_in_groups() -> None:
     assert distance(ours, theirs) <= 1e-4
 
 
-def test_adafactor_walks_as_galore_torch() -> None:
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({"lr": 0.01, "scale_parameter": False, "relative_step": False}, True),
+        ({"lr": 0.02, "relative_step": False}, True),
+        ({}, False),
+        ({"warmup_init": True}, False),
+        ({"lr": 0.01, "scale_parameter": False, "relative_step": False, "beta1": 0.9}, False),
+    ],
+)
+def test_adafactor_walks_as_galore_torch(options: dict[str, Any], schedule: bool) -> None:
     ours, theirs = Model(), Model()
-    options = {"lr": 0.01, "scale_parameter": False, "relative_step": False, "weight_decay": 0.1}
-    train(GaLoreAdafactor(groups(ours), **options), ours, steps=30)
-    train(galore_torch.GaLoreAdafactor(groups(theirs), **options), theirs, steps=30)
-    assert distance(ours, theirs) <= 1e-4
+    first = GaLoreAdafactor(groups(ours), weight_decay=0.1, **options)
+    second = galore_torch.GaLoreAdafactor(groups(theirs), weight_decay=0.1, **options)
+    train(first, ours, steps=30, schedule=schedule)
+    train(second, theirs, steps=30, schedule=schedule)
+    assert distance(ours, theirs) <= (1e-4 if not options.get("warmup_init") else 5e-2)
 
 
 def test_8bit_follows_fp32() -> None:
@@ -153,10 +167,12 @@ def test_our_own_keys_may_stand_in_a_group() -> None:
         (lambda m: GaLoreAdamW(groups(m, proj_type="both")), "unknown proj_type 'both'"),
         (lambda m: GaLoreAdamW(groups(m, rank=99)), "rank=99 projects nothing"),
         (lambda m: GaLoreAdamW8bit(groups(m), is_paged=True), "is_paged=True is not supported"),
-        (lambda m: GaLoreAdafactor(groups(m), lr=0.1), "relative_step=True is not supported"),
+        (lambda m: GaLoreAdafactor(groups(m), lr=0.1), "lr=0.1 with relative_step=True: give"),
+        (lambda m: GaLoreAdafactor(groups(m), relative_step=False), "give an lr"),
+        (lambda m: GaLoreAdafactor(groups(m), decay_rate=-0.9), "decay_rate=-0.9 is not support"),
         (
-            lambda m: GaLoreAdafactor(groups(m), relative_step=False, scale_parameter=False),
-            "give an lr",
+            lambda m: GaLoreAdafactor(groups(m), lr=1.0, relative_step=False, warmup_init=True),
+            "warmup_init=True has no effect",
         ),
     ],
 )

@@ -24,6 +24,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "together": {"stagger": False},
     "q-galore": {"codec": "8bit", "basis_storage": "int4", "lazy_threshold": 0.4},
     "adafactor, bf16 basis": {"rule": "adafactor", "basis_storage": "bf16", "proj_type": "left"},
+    "adafactor with momentum": {"rule": "adafactor_momentum"},
     "lion, int8 basis": {
         "rule": "lion",
         "basis_storage": "int8",

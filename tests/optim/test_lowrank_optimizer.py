@@ -54,6 +54,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "galore, right, random": {"rank": 8, "basis": "random", "proj_type": "right"},
     "galore, full, randomised": {"rank": 8, "basis": "randomised", "proj_type": "full"},
     "galore, adafactor": {"rank": 8, "rule": "adafactor", "basis": "randomised"},
+    "galore, adafactor_momentum": {
+        "rank": 8,
+        "rule": "adafactor_momentum",
+        "basis": "randomised",
+    },
     "galore, lion": {"rank": 8, "rule": "lion", "basis": "randomised", "stagger": False},
     "galore, momentum": {"rank": 8, "rule": "momentum", "basis": "randomised", "scale": 0.5},
     "fira, sgd, no limit": {
@@ -303,8 +308,8 @@ def test_fits_a_low_rank_target(name: str, dtype: torch.dtype) -> None:
     target = torch.randn(48, 4, generator=generator) @ torch.randn(4, 32, generator=generator) / 2
     weight = nn.Parameter(torch.zeros(48, 32, dtype=dtype))
     row = {"rank": 8, **ROWS[name]}
-    peak = 0.02 if row.get("rule") == "momentum" else 0.1
-    peak = (0.3 if row.get("rule") == "sgd" else peak) / row.get("scale", 1.0)
+    peaks = {"momentum": 0.02, "sgd": 0.3, "adafactor_momentum": 0.4}
+    peak = peaks.get(row.get("rule", "adamw"), 0.1) / row.get("scale", 1.0)
     optimizer = Optimizer([weight], lr=peak, update_proj_gap=50, stochastic_rounding=True, **row)
     steps = 400
     for step in range(steps):

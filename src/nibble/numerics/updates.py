@@ -18,6 +18,7 @@ stand between caller and rule. Everything is a *list* of float32 tensors, taken 
     lion       U = sign(b1 M + (1-b1) G);  M = b2 M + (1-b2) G                  (arXiv 2302.06675)
     adafactor  R, C = running row and column means of G^2 + eps^2 with b2_t = 1 - t^-0.8;
                U = G / sqrt(R C^T / mean(R)), divided by max(1, rms(U) / 1.0)   (arXiv 1804.04235)
+    adafactor_momentum    M = b1 M + (1-b1) U;  U = M, with adafactor's U     (the same, section 5)
 
 Adafactor is the paper's with an external learning rate: transformers' Adafactor with
 `relative_step=False, scale_parameter=False` and its eps[0] = eps^2 (here eps is in units of the
@@ -122,6 +123,15 @@ def adafactor_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Ten
     return [updates[index] for index in range(len(grads))]
 
 
+def adafactor_momentum_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+    """Running mean of adafactor's updates; its states and `exp_avg` shaped as the gradients."""
+    exp_avg = states["exp_avg"]
+    factored = {name: slot for name, slot in states.items() if name != "exp_avg"}
+    updates = adafactor_(grads, states=factored, hyper=hyper)
+    torch._foreach_lerp_(exp_avg, updates, 1 - hyper.betas[0])
+    return exp_avg
+
+
 def _adafactor_direction(grads: Tensor, states: States, hyper: Hyper) -> Tensor:
     """Adafactor's update for gradients [k, ...] of one shape; advances their states."""
     weight = hyper.step**-ADAFACTOR_DECAY  # 1 - b2_t; 1 at the first step
@@ -167,6 +177,7 @@ RULES: dict[str, UpdateRule] = {
     "sgd": UpdateRule(apply_=sgd_, elementwise=True),
     "momentum": UpdateRule(apply_=momentum_, elementwise=True),
     "adafactor": UpdateRule(apply_=adafactor_, elementwise=False),
+    "adafactor_momentum": UpdateRule(apply_=adafactor_momentum_, elementwise=False),
     "lion": UpdateRule(apply_=lion_, elementwise=True),
 }
 """Every rule; what each keeps is the table of the same keys in `spec/state.py`."""

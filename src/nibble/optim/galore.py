@@ -16,8 +16,8 @@ What has no counterpart here is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
 
 import torch
 
@@ -113,10 +113,12 @@ class GaLoreAdamW8bit(Optimizer):
 
 
 class GaLoreAdafactor(Optimizer):
-    """Adafactor of galore_torch with an external learning rate and no first moment.
+    """Adafactor of galore_torch, with external or relative learning rates.
 
-    That is how its own scripts call it: `relative_step=False, scale_parameter=False, beta1=None`.
-    Raises ConfigError as `Optimizer` does, and for the other forms.
+    `relative_step` sets the rate of every group at each step, from the steps that its parameters
+    have made. With `beta1` the mean of updates is kept before the rate is applied and not after, so
+    trajectories differ where the rate changes. Raises ConfigError as `Optimizer` does, for rates
+    that contradict each other, and for another `clip_threshold` or `decay_rate`.
     """
 
     def __init__(
@@ -132,23 +134,22 @@ class GaLoreAdafactor(Optimizer):
         relative_step: bool = True,
         warmup_init: bool = False,
     ) -> None:
-        _refuse(
-            {
-                "relative_step": (relative_step, False),
-                "scale_parameter": (scale_parameter, False),
-                "warmup_init": (warmup_init, False),
-                "beta1": (beta1, None),
-                "clip_threshold": (clip_threshold, 1.0),
-                "decay_rate": (decay_rate, -0.8),
-            }
-        )
-        if lr is None:
-            raise ConfigError("lr=None needs relative_step, which is not supported: give an lr")
+        _refuse({"clip_threshold": (clip_threshold, 1.0), "decay_rate": (decay_rate, -0.8)})
+        if (lr is None) is not relative_step:
+            raise ConfigError(
+                f"lr={lr} with relative_step={relative_step}: give an lr, or relative_step=True "
+                "and none"
+            )
+        if warmup_init and not relative_step:
+            raise ConfigError("warmup_init=True has no effect without relative_step: leave it out")
+        self._relative_step, self._warmup_init = relative_step, warmup_init
         super().__init__(
             params,
-            lr=lr,
-            rule="adafactor",
+            lr=0.0 if lr is None else lr,
+            rule="adafactor" if beta1 is None else "adafactor_momentum",
+            betas=(0.9 if beta1 is None else beta1, 0.999),
             eps=eps[0] ** 0.5,
+            parameter_scale=eps[1] if scale_parameter else 0.0,
             weight_decay=weight_decay,
             stochastic_rounding=True,
         )
@@ -156,6 +157,26 @@ class GaLoreAdafactor(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with galore_torch's keys or ours."""
         super().add_param_group(_with_galore_keys(param_group))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is copied or pickled goes on as it was.
+        own = {"_relative_step": self._relative_step, "_warmup_init": self._warmup_init}
+        return {**super().__getstate__(), **own}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns what `closure` returned."""
+        if self._relative_step:
+            for group in self.param_groups:
+                made = [self.state[p].get("step", 0) for p in group["params"] if p in self.state]
+                step = max(made, default=0) + 1
+                bound = 1e-6 * step if self._warmup_init else 1e-2
+                group["lr"] = min(bound, step**-0.5)
+        return super().step(closure)
 
 
 def _with_galore_keys(param_group: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from nibble.optim.projection import (
     step_projected_,
 )
 from nibble.optim.states import DTYPES, as_float32, new_slot
-from nibble.optim.update import advance, move_, rounding_noise, rounds_weights
+from nibble.optim.update import advance, move_, rate_factor, rounding_noise, rounds_weights
 from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
 from nibble.spec.state import Slot, slot_tensors, slots, state_tensors
 
@@ -53,11 +53,13 @@ class Optimizer(torch.optim.Optimizer):
     """Any update rule with any state codec and any projection, as an ordinary torch optimiser.
 
     `params`: tensors, (name, tensor) pairs or groups, as torch takes them. A group may override
-    every other argument. `rule`: adamw, sgd, momentum, adafactor, lion. `codec`: fp32, bf16, 8bit.
+    every other argument. `rule`: adamw, sgd, momentum, adafactor,
+    adafactor_momentum, lion. `codec`: fp32, bf16, 8bit.
     `weight_decay` is decoupled for every rule; `decay_last` decays after the update and not before.
     `betas` are for adamw and lion, `eps` for adamw and adafactor, `momentum` for momentum,
-    `bias_correction` (both, step, none) for adamw. `stochastic_rounding` applies to bf16 weights;
-    `seed` fixes all noise. Weights may be fp32, bf16 or fp16; arithmetic is fp32.
+    `bias_correction` (both, step, none) for adamw; `parameter_scale` is the least rms of a weight
+    that adafactor's rate is multiplied by (0: by none). `stochastic_rounding` applies to bf16
+    weights; `seed` fixes all noise. Weights may be fp32, bf16 or fp16; arithmetic is fp32.
 
     A `rank` of 1 or more projects the matrices of a group whose sides are not below it; what the
     options after it mean is said at `spec.lowrank.LowRank`. Raises ConfigError for a value outside
@@ -80,6 +82,7 @@ class Optimizer(torch.optim.Optimizer):
         seed: int = 0,
         bias_correction: str = "both",
         decay_last: bool = False,
+        parameter_scale: float = 0.0,
         rank: int = 0,
         update_proj_gap: int = 200,
         scale: float = 1.0,
@@ -115,6 +118,7 @@ class Optimizer(torch.optim.Optimizer):
             "seed": seed,
             "bias_correction": bias_correction,
             "decay_last": decay_last,
+            "parameter_scale": parameter_scale,
             **{key: getattr(low_rank, key) for key in LOW_RANK_KEYS},
         }
         self.stores: dict[Tensor, Store] = {}
@@ -294,7 +298,10 @@ def _update(
     updates = advance(grads.views, states, group=group, kind=kind, generator=generator)
     del grads  # updates keep what they need; the rest makes room for the weights
     noise = generator if rounds_weights(group, kind) else None
-    move_([piece.weight for piece in batch], updates, group=group, noise=noise)
+    weights = [piece.weight for piece in batch]
+    floor = group["parameter_scale"]
+    factors = [rate_factor(weight, floor=floor) for weight in weights] if floor > 0 else None
+    move_(weights, updates, group=group, noise=noise, factors=factors)
 
 
 def initialise_(

@@ -37,7 +37,7 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for what, word, allowed in words:
         if word not in allowed:
             raise ConfigError(f"unknown {what} {word!r}: use one of {', '.join(allowed)}")
-    for key in ("lr", "eps", "weight_decay"):
+    for key in ("lr", "eps", "weight_decay", "parameter_scale"):
         if not values[key] >= 0:
             raise ConfigError(f"{key}={values[key]} is out of range: give a number >= 0")
     shares = {"momentum": values["momentum"]}
@@ -45,6 +45,11 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for key, share in shares.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{key}={share} is out of range: give a number in [0, 1)")
+    if values["parameter_scale"] > 0 and RULES[values["rule"]].elementwise:
+        raise ConfigError(
+            f"parameter_scale={values['parameter_scale']} has no meaning for rule "
+            f"{values['rule']!r}: use it with adafactor, or leave it out"
+        )
     _check_low_rank(group, values)
 
 

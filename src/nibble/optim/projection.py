@@ -31,7 +31,7 @@ from nibble.optim.batches import Kind
 from nibble.optim.noise import generator_for
 from nibble.optim.projected_grad import ProjectedGrad
 from nibble.optim.states import DTYPES
-from nibble.optim.update import advance, move_, rounds_weights
+from nibble.optim.update import advance, move_, rate_factor, rounds_weights
 from nibble.spec.lowrank import (
     LAZY_FACTOR,
     LAZY_QUEUE,
@@ -358,8 +358,11 @@ def _move_by_rows_(
             move_([values], [whole.rows(rows)], group=group, noise=None, scale=scale)
             piece.store.write_(rows, values, generator=generator)
         return
+    floor = group["parameter_scale"]
+    factors = [rate_factor(weight, floor=floor)] if floor > 0 else None
     rows_of = weight if weight.dim() == 2 else weight.reshape(shape)
     for rows in _chunks(whole, shape[0]):
-        move_([rows_of[rows]], [whole.rows(rows)], group=group, noise=noise, scale=scale)
+        update = [whole.rows(rows)]
+        move_([rows_of[rows]], update, group=group, noise=noise, scale=scale, factors=factors)
     if rows_of.data_ptr() != weight.data_ptr():  # a kernel in channels-last order was copied
         weight.copy_(rows_of.view(weight.shape))

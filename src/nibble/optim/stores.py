@@ -60,4 +60,6 @@ def keep_int8_(optimizer: Optimizer, stores: Mapping[Tensor, Int8Store]) -> None
                 f"INT8 codes of shape {list(store.codes.shape)} do not fit a parameter of shape "
                 f"{list(weight.shape)}: give each parameter its own codes"
             )
+    if any(group["parameter_scale"] > 0 for group in optimizer.param_groups):
+        raise ConfigError("parameter_scale looks at float weights: leave it out with INT8 weights")
     optimizer.stores.update(stores)

@@ -5,11 +5,14 @@ nor what becomes of its updates. `move_` is
 
     W <- (1 - lr * weight_decay) * W - lr * scale * U                 (decay_last: U decays too)
 
-in float32, rounded to the weights' type, stochastically with a generator.
+in float32, rounded to the weights' type, stochastically with a generator. With `parameter_scale`
+the learning rate is multiplied by max(parameter_scale, rms(W)) for each weight, as Adafactor
+proposes (arXiv 1804.04235, section 8).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,17 +62,40 @@ def move_(
     group: dict[str, Any],
     noise: torch.Generator | None,
     scale: float = 1.0,
+    factors: list[Tensor] | None = None,
 ) -> None:
-    """Apply float32 updates to weights; `noise` rounds bf16 weights stochastically."""
+    """Apply float32 updates to weights; `noise` rounds bf16 weights stochastically.
+
+    `factors` are scalars, one a weight, that multiply the learning rate.
+    """
     learning_rate = float(group["lr"])
-    kept = 1 - learning_rate * group["weight_decay"]
-    alpha = -learning_rate * scale * (kept if group["decay_last"] else 1.0)
+    decay = learning_rate * group["weight_decay"]
+    if factors is not None:
+        updates = list(torch._foreach_mul(updates, factors))
     weights = as_float32(targets)
-    if kept != 1:
-        torch._foreach_mul_(weights.views, kept)
-    torch._foreach_add_(weights.views, updates, alpha=alpha)
+    if not group["decay_last"]:
+        _decay_(weights.views, decay, factors)
+    torch._foreach_add_(weights.views, updates, alpha=-learning_rate * scale)
+    if group["decay_last"]:
+        _decay_(weights.views, decay, factors)
     if weights.flat is not None:
         store_rounded_(targets, flat=weights.flat, generator=noise)
+
+
+def _decay_(weights: list[Tensor], decay: float, factors: list[Tensor] | None) -> None:
+    if decay == 0:
+        return
+    if factors is None:
+        torch._foreach_mul_(weights, 1 - decay)
+    else:
+        torch._foreach_mul_(weights, [1 - decay * factor for factor in factors])
+
+
+def rate_factor(weight: Tensor, *, floor: float) -> Tensor:
+    """max(floor, rms of the weight), a float32 scalar."""
+    size = torch.linalg.vector_norm(weight, dtype=torch.float32)
+    factor: Tensor = size.div_(math.sqrt(weight.numel())).clamp_(min=floor)
+    return factor
 
 
 def rounds_weights(group: dict[str, Any], kind: Kind) -> bool:

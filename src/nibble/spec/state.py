@@ -9,6 +9,7 @@ codec, so bytes are a sum over slots:
     sgd        nothing
     adafactor  exp_avg_sq_row, exp_avg_sq_col    shape less its last, less its last but one dim;
                exp_avg_sq                        for vectors and scalars
+    adafactor_momentum                           the same and exp_avg, of the parameter's shape
 
     fp32       4 bytes an element
     bf16       2 bytes
@@ -82,6 +83,9 @@ RULES: dict[str, RuleSlots] = {
     "sgd": RuleSlots(matrix=(), vector=()),
     "momentum": RuleSlots(matrix=(_MOMENTUM,), vector=(_MOMENTUM,)),
     "adafactor": RuleSlots(matrix=(_ROW, _COLUMN), vector=(_EXP_AVG_SQ,)),
+    "adafactor_momentum": RuleSlots(
+        matrix=(_ROW, _COLUMN, _EXP_AVG), vector=(_EXP_AVG_SQ, _EXP_AVG)
+    ),
     "lion": RuleSlots(matrix=(_EXP_AVG,), vector=(_EXP_AVG,)),
 }
 
