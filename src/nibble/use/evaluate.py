@@ -142,14 +142,24 @@ def _classify(
 
 
 def answers_rouge(model: nn.Module, assembly: Assembly, *, splits: Splits, num_rows: int) -> Scores:
-    """Answer the first held-out questions greedily and compare with the given answers: ROUGE F1."""
+    """Answer the first held-out questions greedily and compare with the given answers: ROUGE F1.
+
+    Raises DataError for a question that leaves no room for an answer.
+    """
+    limit = assembly.built.family.max_positions
     tokenizer: Any = assembly.tokenizer
     if splits.eval_records is None:
         raise ConfigError("--rouge needs held-out rows with questions and answers")
     answers, references = [], []
     for record in islice(splits.eval_records, num_rows):
         ids = tokenizer(record.prompt, add_special_tokens=record.special_tokens)["input_ids"]
-        how = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
+        room = MAX_ANSWER_TOKENS if limit is None else min(MAX_ANSWER_TOKENS, limit - len(ids))
+        if room < 1:
+            raise DataError(
+                f"{record.source}: the question has {len(ids)} tokens and the model {limit} "
+                "positions: there is no room for an answer; leave --rouge out or shorten it"
+            )
+        how = Sampling(max_new_tokens=room, stop_ids=splits.stop_ids)
         answers.append(generate(model, tokenizer, ids, sampling=how).strip())
         references.append(record.reference)
     if not answers:
