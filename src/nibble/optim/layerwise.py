@@ -14,9 +14,10 @@ FIRST_STEPS steps, spread like all refreshes when the group has `stagger`.
 `param.grad` holds the small matrix (projected_grad.py) between backward and `zero_grad`, so the
 optimiser stays an ordinary one: schedules, clipping, `zero_grad` and trainers work as they are.
 
-Costs: 2 m n r flops a micro-batch to project, which the ordinary mode pays once a step; random
-columns are made again for every micro-batch of a step with a sketch. Not possible here: bases by
-SVD, and residuals, both of which need whole gradients at the step.
+Small matrices are kept in the gradient's type, or in another that is asked for: float32 for sums of
+many 16-bit micro-batches. Costs: 2 m n r flops a micro-batch to project, which the ordinary mode
+pays once a step; random columns are made again for every micro-batch of a step with a sketch. Not
+possible here: bases by SVD, and residuals, both of which need whole gradients at the step.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ BASES = ("randomised", "random")
 class Layerwise:
     """The hooks that keep an optimiser's projected gradients small; `remove` takes them off."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, *, dtype: torch.dtype | None) -> None:
         self._optimizer = optimizer
+        self._dtype = dtype
         self._held: dict[Tensor, ProjectedGrad] = {}
         self._found: dict[Tensor, tuple[Projection, dict[str, Any]]] = {}
         self._look_up()
@@ -92,7 +94,7 @@ class Layerwise:
             _begin_(projection, state)
         matrix = grad.reshape(projection.matrix_shape)
         left, right = projection.bases(state, dtype=matrix.dtype)
-        small = lowrank.project(matrix, left=left, right=right)
+        small = lowrank.project(matrix, left=left, right=right).to(self._dtype or grad.dtype)
         sketches = _sketches(projection, state, matrix)
         held = self._held.pop(weight, None)
         if held is not None:
@@ -127,10 +129,11 @@ class Layerwise:
             grad.sketches.clear()
 
 
-def layerwise_(optimizer: Optimizer) -> Layerwise:
+def layerwise_(optimizer: Optimizer, *, dtype: torch.dtype | None = None) -> Layerwise:
     """Keep the gradients of an optimiser's projected parameters in the small space, from now on.
 
-    Call it once, after all groups are added and before the first backward. Raises ConfigError for
+    `dtype` is that of the small matrices, None for that of the gradients. Call it once, after all
+    groups are added and before the first backward. Raises ConfigError for
     an optimiser that projects nothing, and for a group whose basis or residual needs whole
     gradients.
     """
@@ -154,7 +157,7 @@ def layerwise_(optimizer: Optimizer) -> Layerwise:
             "layer-wise mode has no effect: no parameter group has a rank; give one, or leave the "
             "mode out"
         )
-    return Layerwise(optimizer)
+    return Layerwise(optimizer, dtype=dtype)
 
 
 def _begin_(projection: Projection, state: dict[str, Any]) -> None:

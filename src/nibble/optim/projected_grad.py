@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class ProjectedGrad(Tensor):
-    """Stands for the gradient of a parameter and holds `small`, its projection (float32).
+    """Stands for the gradient of a parameter and holds `small`, its projection.
 
     `sketches` has, by side, what the next basis will be made of; empty if none is due.
     """

@@ -256,7 +256,7 @@ def _projected(piece: ProjectedPiece) -> Tensor:
     grad = piece.weight.grad
     assert grad is not None
     if isinstance(grad, ProjectedGrad):
-        return grad.small
+        return grad.small.float()
     matrix = grad.reshape(projection.matrix_shape)
     step = state["step"] - 1  # counted already
     if step >= state["next_refresh"]:
