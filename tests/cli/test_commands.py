@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Nibble
+from conftest import Nibble, write_recipe, write_rows
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "datasets")
 
@@ -183,6 +184,42 @@ def test_a_classifier_is_trained_measured_and_exported(
     assert numbers(nibble("eval", tmp_path / "adapter", *whole).out)["accuracy"] == 1.0
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "perhaps", "2": "yes"}
+
+
+def test_a_decoder_classifies_by_its_last_token(
+    nibble: Nibble, world: Path, tmp_path: Path
+) -> None:
+    """Its config names no padding, as those of most decoders; rows of different length, so that
+    reading at the padding would show."""
+    folder = tmp_path / "decoder"
+    shutil.copytree(world / "base", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    rows = [
+        {"text": "w3 " * (i % 4) + f"the w{i % 40} {'abc'[i % 3]}", "label": "xyz"[i % 3]}
+        for i in range(60)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", folder, data, tmp_path / "run", model={"task": "classification"},
+        data={"eval_rows": 12, "max_length": 16}, adapter={"kind": "lora", "rank": 4},
+        train={"max_steps": 30}, optim={"learning_rate": 1e-2},
+    )  # fmt: skip
+    assert nibble("train", recipe).code == 0
+    batched = numbers(nibble("eval", tmp_path / "run", "--data", data, "--json").out)
+    assert batched["accuracy"] > 0.6
+    assert nibble("export", tmp_path / "run").code == 0
+    merged = tmp_path / "run" / "export-merged"
+    assert json.loads((merged / "config.json").read_text())["pad_token_id"] == 0
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    right = 0
+    for row in rows:
+        best = model(**tokenizer([row["text"]], return_tensors="pt")).logits.argmax(-1)
+        right += model.config.id2label[int(best)] == row["label"]
+    assert right / 60 == pytest.approx(batched["accuracy"])
 
 
 def test_recipes_fields_doctor_and_version(nibble: Nibble) -> None:

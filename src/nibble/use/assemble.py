@@ -117,6 +117,9 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     tokenizer = load_tokenizer(words, num_embeddings=embeddings.num_embeddings)
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template(tokenizer, override=recipe.data.chat_template)
+    if words.task == "classification":
+        # A decoder classifies by the last token that is no padding: it must know what pads here.
+        built.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     weights = None
     spec = format_spec(recipe.quant)
     expansion = None
