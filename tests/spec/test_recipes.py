@@ -22,6 +22,9 @@ SHIPPED: dict[str, tuple[str, str, str, str, list[str]]] = {
     "full": ("none", "none", "adamw8bit", "causal-lm", ["model.path=m", "data.train=a"]),
     "llama-pro": ("nf4", "expand", "adamw", "causal-lm", ["model.path=m", "data.train=a"]),
     "dialogsum-smollm2": ("none", "lora", "adamw", "causal-lm", ["data.train=a", "data.eval=b"]),
+    "glue-cola": ("none", "none", "adamw", "classification", ["data.train=a", "data.eval=b"]),
+    "glue-sst2": ("none", "none", "adamw", "classification", ["data.train=a", "data.eval=b"]),
+    "glue-stsb": ("none", "none", "adamw", "classification", ["data.train=a", "data.eval=b"]),
     "glue-mrpc": ("none", "none", "adamw", "classification", ["data.train=a", "data.eval=b"]),
     "glue-rte": ("none", "none", "adamw", "classification", ["data.train=a", "data.eval=b"]),
 }
@@ -81,6 +84,21 @@ def test_a_recipes_reading_of_rows_survives_the_users_path() -> None:
     for source in (*recipe.data.train, *recipe.data.eval):
         assert source.template == "Summarize the chat dialogue:\n{dialogue}\n---\nSummary:\n"
         assert (source.format, source.columns) == ("prompt-completion", {"completion": "summary"})
+
+
+def test_glue_sets_are_read_as_glue_writes_them() -> None:
+    need = ["data.train=a", "data.eval=b"]
+    cola = load_recipe("glue-cola", need)
+    for source in (*cola.data.train, *cola.data.eval):
+        assert source.columns == {"text": "3", "label": "1"}
+    labels = {name: load_recipe(name, need).model.num_labels for name in SHIPPED if "glue" in name}
+    assert labels == {
+        "glue-cola": 2,
+        "glue-mrpc": 2,
+        "glue-rte": 2,
+        "glue-sst2": 2,
+        "glue-stsb": 1,
+    }
 
 
 def test_the_bloomz_walk_through() -> None:
