@@ -59,6 +59,8 @@ def test_the_second_run_reads_what_the_first_kept(
     assert same(first, second) and second.train.source(0).endswith("moved.jsonl:1")
     assert first.report.counts == second.report.counts == {"malformed": 1}
     assert "moved.jsonl:6" in second.report.examples["malformed"][0]
+    assert any("moved.jsonl" in note for note in second.report.notes)
+    assert not any("a.jsonl" in note for note in second.report.notes)
     assert first.stop_ids == second.stop_ids
 
 

@@ -30,7 +30,7 @@ from nibble.data.sources import SourceFile
 from nibble.data.tokenise import Tokenised
 from nibble.spec.config import Data, Source
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever the same input would give other tokens."""
 TENSORS = ("ids", "targets", "offsets", "file_of", "line_of", "type_ids")
 
@@ -111,6 +111,9 @@ def load(folder: Path, key: str, *, files: Sequence[SourceFile]) -> Tokenised | 
             fate: [(int(file), int(line), str(text)) for file, line, text in examples]
             for fate, examples in tally.examples.items()
         }
+        # What was noted of files that had other names then.
+        for before, now in zip(words["files"], (file.name for file in files), strict=False):
+            tally.notes = [note.replace(before, now) for note in tally.notes]
         rows = Rows(
             ids=tensors["ids"],
             targets=tensors["targets"],
@@ -152,6 +155,7 @@ def save(folder: Path, key: str, tokenised: Tokenised) -> str | None:
             },
             "raw_labels": tokenised.raw_labels,
             "stop_ids": tokenised.stop_ids,
+            "files": tokenised.rows.files,
         }
     )
     metadata = {"words": words, "checksum": _checksum(tensors, words)}
