@@ -180,13 +180,13 @@ def test_rouge_compares_greedy_answers_with_the_held_out_ones(
     asked: list[str] = []
     answers = iter(["w1 b", "nothing like it"])
 
-    def generated(model: Any, tokenizer: Any, ids: list[int], *, sampling: Any) -> str:
-        asked.append(tokenizer.decode(ids))
+    def generated(model: Any, tokenizer: Any, prompts: Any, *, sampling: Any) -> list[str]:
+        asked.extend(map(tokenizer.decode, prompts))
         assert sampling.temperature == 0 and sampling.stop_ids == given.splits.stop_ids
-        assert sampling.max_new_tokens == 64 - len(ids)
-        return f" {next(answers)}\n"
+        assert {sampling.max_new_tokens} == {64 - len(ids) for ids in prompts}
+        return [f" {next(answers)}\n" for _ in prompts]
 
-    monkeypatch.setattr(evaluate, "generate", generated)
+    monkeypatch.setattr(evaluate, "generate_batch", generated)
     found = answers_rouge(given.model, given.assembly, splits=given.splits, num_rows=2)
     assert given.splits.eval_records is not None
     records = list(given.splits.eval_records)[:2]
@@ -197,6 +197,29 @@ def test_rouge_compares_greedy_answers_with_the_held_out_ones(
     for name in ("rouge1", "rouge2", "rougeL"):
         assert found[name] == pytest.approx(50 * sum(one[name].fmeasure for one in each))
     assert found["answers"] == 2
+
+
+def test_questions_of_any_length_get_their_own_answers(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / "lengths.jsonl"
+    rows = [{"prompt": "w1 " * (70 - 13 * i), "completion": f" w{i}"} for i in range(5)]
+    rows = [row for row in rows for _ in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ready("bloom", root, path, data={"max_length": 80, "eval": [{"path": str(path)}],
+                                            "eval_rows": None})  # fmt: skip
+    companies: list[list[int]] = []
+
+    def generated(model: Any, tokenizer: Any, prompts: Any, *, sampling: Any) -> list[str]:
+        assert sampling.max_new_tokens == evaluate.MAX_ANSWER_TOKENS  # BLOOM has no table
+        companies.append([len(ids) for ids in prompts])
+        return [f"w{(70 - len(ids)) // 13}" for ids in prompts]
+
+    monkeypatch.setattr(evaluate, "generate_batch", generated)
+    monkeypatch.setattr(evaluate, "ANSWERS_AT_ONCE", 4)
+    found = answers_rouge(given.model, given.assembly, splits=given.splits, num_rows=10)
+    assert companies == [[18, 18, 31, 31], [44, 44, 57, 57], [70, 70]]
+    assert found == {"rouge1": 100.0, "rouge2": 0.0, "rougeL": 100.0, "answers": 10}
 
 
 def test_a_question_without_room_for_an_answer_is_named(root: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models as small
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nibble.use.generate import Sampling, Streamer, generate, render, stop_tokens
+from nibble.use.generate import Sampling, Streamer, generate, generate_batch, render, stop_tokens
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -102,3 +104,26 @@ def test_a_model_without_a_template_gets_the_plain_text(tokenizer: Any) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     ids = render(plain, [{"role": "user", "content": "abc"}])
     assert plain.decode(ids) == "abc"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "bloom", "mixtral"])
+def test_answers_made_together_are_those_made_alone(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    small.save_model(kind, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(3, small.VOCAB, (length,), generator=generator).tolist()
+        for length in (3, 17, 9, 1)
+    ]
+    how = Sampling(max_new_tokens=12)
+    alone = [generate(model, tokenizer, ids, sampling=how) for ids in prompts]
+    # Tokens that end some answers early and not others.
+    longest = max((tokenizer(answer)["input_ids"] for answer in alone), key=len)
+    ends = Sampling(max_new_tokens=12, stop_ids=(longest[len(longest) // 2],))
+    cut = [generate(model, tokenizer, ids, sampling=ends) for ids in prompts]
+    assert generate_batch(model, tokenizer, prompts, sampling=how) == alone
+    assert generate_batch(model, tokenizer, prompts, sampling=ends) == cut
+    assert cut != alone and len(set(alone)) > 1 and model.training

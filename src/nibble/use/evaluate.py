@@ -8,7 +8,8 @@ reported.
 from __future__ import annotations
 
 import math
-from itertools import islice
+from collections.abc import Iterator
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nibble.errors import ConfigError, DataError
 from nibble.models import Family
 from nibble.place.base import Placement
 from nibble.use.assemble import Assembly
-from nibble.use.generate import Sampling, generate
+from nibble.use.generate import Sampling, generate_batch
 from nibble.use.metrics import classification_scores, rouge
 from nibble.use.objective import call, held_out_loss, objective
 
@@ -28,6 +29,7 @@ Scores = dict[str, float | int]
 DEFAULT_CONTEXT = 1024
 LOSS_CHUNK_TOKENS = 1024
 MAX_ANSWER_TOKENS = 256
+ANSWERS_AT_ONCE = 32
 
 
 def text_perplexity(
@@ -144,13 +146,16 @@ def _classify(
 def answers_rouge(model: nn.Module, assembly: Assembly, *, splits: Splits, num_rows: int) -> Scores:
     """Answer the first held-out questions greedily and compare with the given answers: ROUGE F1.
 
-    Raises DataError for a question that leaves no room for an answer.
+    Questions of similar length are answered together. Raises DataError for a question that leaves
+    no room for an answer.
     """
     limit = assembly.built.family.max_positions
     tokenizer: Any = assembly.tokenizer
     if splits.eval_records is None:
         raise ConfigError("--rouge needs held-out rows with questions and answers")
-    answers, references = [], []
+    prompts: list[list[int]] = []
+    rooms: list[int] = []
+    references = []
     for record in islice(splits.eval_records, num_rows):
         ids = tokenizer(record.prompt, add_special_tokens=record.special_tokens)["input_ids"]
         room = MAX_ANSWER_TOKENS if limit is None else min(MAX_ANSWER_TOKENS, limit - len(ids))
@@ -159,11 +164,27 @@ def answers_rouge(model: nn.Module, assembly: Assembly, *, splits: Splits, num_r
                 f"{record.source}: the question has {len(ids)} tokens and the model {limit} "
                 "positions: there is no room for an answer; leave --rouge out or shorten it"
             )
-        how = Sampling(max_new_tokens=room, stop_ids=splits.stop_ids)
-        answers.append(generate(model, tokenizer, ids, sampling=how).strip())
+        prompts.append(ids)
+        rooms.append(room)
         references.append(record.reference)
-    if not answers:
+    if not prompts:
         raise DataError(
             "no held-out row has a question and an answer: ROUGE has nothing to compare"
         )
+    answers = [""] * len(prompts)
+    for rows in _alike(prompts, rooms):
+        how = Sampling(max_new_tokens=rooms[rows[0]], stop_ids=splits.stop_ids)
+        texts = generate_batch(model, tokenizer, [prompts[i] for i in rows], sampling=how)
+        for i, text in zip(rows, texts, strict=True):
+            answers[i] = text.strip()
     return {**rouge(answers, references), "answers": len(answers)}
+
+
+def _alike(prompts: list[list[int]], rooms: list[int]) -> Iterator[list[int]]:
+    """Rows to answer together: the same room, so that no answer depends on its company, and
+    neighbours in length, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, same in groupby(order, key=lambda i: rooms[i]):
+        rows = list(same)
+        for start in range(0, len(rows), ANSWERS_AT_ONCE):
+            yield rows[start : start + ANSWERS_AT_ONCE]
