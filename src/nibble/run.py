@@ -214,6 +214,7 @@ def _data_text(splits: Splits) -> str:
         "num_eval_rows": 0 if splits.eval is None else len(splits.eval),
         "label_names": splits.label_names,
         "stop_ids": splits.stop_ids,
+        "question_prompt": splits.question_prompt,
     }
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 

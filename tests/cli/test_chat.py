@@ -183,3 +183,19 @@ def test_sampling_repeats_with_its_seed(nibble: Nibble, talker: Path) -> None:
     words = ("chat", talker, "--prompt", "w1", "--max-new-tokens", "8", "--temperature", "3")
     one, two, three = (nibble(*words, "--seed", seed).out for seed in ("1", "1", "2"))
     assert one == two != three
+
+
+def test_a_question_is_put_as_the_run_put_it(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(resolve(str(world / "plain")))
+    target = dataclasses.replace(loaded.target, question_prompt="a {question} of")
+    asked: list[str] = []
+
+    def record(model: Any, tokenizer: Any, ids: list[int], **words: Any) -> str:
+        asked.append(tokenizer.decode(ids))
+        return ""
+
+    monkeypatch.setattr(chatting, "generate", record)
+    for one in (loaded, dataclasses.replace(loaded, target=target)):
+        Chat(one, system=None, how=Sampling(max_new_tokens=2)).ask("the", io.StringIO())
+    plain, put = asked
+    assert (plain.split(), put.split()) == (["the"], ["a", "the", "of"])

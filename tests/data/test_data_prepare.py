@@ -41,8 +41,14 @@ def test_alpaca_takes_its_own_prompt_only_without_a_template(
     tokenizers: Tokenizers, write: Write
 ) -> None:
     path = write("a.jsonl", [{"instruction": "Add.", "input": "1, 2", "output": "3"}])
-    plain = run(tokenizers(), path).train
+    splits = run(tokenizers(), path)
+    plain = splits.train
     assert tokenizers().decode(plain.ids).startswith("Below is an instruction that describes")
+    # A question to the trained model is put in the same words, without an input.
+    assert splits.question_prompt is not None
+    assert splits.question_prompt.endswith("### Instruction:\n{question}\n\n### Response:\n")
+    assert run(tokenizers("chatml"), path).question_prompt is None
+    assert run(tokenizers(), write("b.jsonl", PAIRS)).question_prompt is None
     chat = run(tokenizers("chatml"), path).train
     assert tokenizers("chatml").decode(chat.ids) == (
         "<|im_start|>user\nAdd.\n\n1, 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"

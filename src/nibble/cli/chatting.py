@@ -52,6 +52,7 @@ class Chat:
             )
         if system is not None and not self.tokenizer.chat_template:
             raise ConfigError("--system needs a chat template, and this model's tokenizer has none")
+        self.question_prompt = loaded.target.question_prompt or "{question}"
         self.system: list[Message] = (
             [] if system is None else [{"role": "system", "content": system}]
         )
@@ -65,8 +66,10 @@ class Chat:
         """
         asked = [*self.messages, {"role": "user", "content": question}]
         if not self.tokenizer.chat_template:
-            # A base model continues a text; it has no turns to remember.
-            asked = [*self.system, {"role": "user", "content": question}]
+            # A base model continues a text; it has no turns to remember, only the words that its
+            # run put around a question.
+            content = self.question_prompt.replace("{question}", question)
+            asked = [*self.system, {"role": "user", "content": content}]
         fitted = fit(
             asked,
             count_tokens=lambda messages: len(render(self.tokenizer, messages)),

@@ -35,7 +35,8 @@ PRECISIONS: dict[str | None, Precision] = {"float32": "fp32", "float16": "fp16"}
 class Target:
     """A model to use: its recipe, and what was trained on top of the base.
 
-    `label_names` and `stop_ids` are what the data of its run said, or the model's own config.
+    `label_names`, `stop_ids` and `question_prompt` are what the data of its run said, or the
+    model's own config.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Target:
     run: Path | None = None
     label_names: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    question_prompt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,13 @@ def resolve(path: str, *, device: str = "auto", base: bool = False) -> Target:
     else:
         target = _plain(path, device=device)
     if base:
-        target = replace(target, checkpoint=None, adapter_folder=None, recipe=_bare(target.recipe))
+        target = replace(
+            target,
+            checkpoint=None,
+            adapter_folder=None,
+            question_prompt=None,
+            recipe=_bare(target.recipe),
+        )
     place = target.recipe.place.model_copy(update={"device": device, "vram": None})
     return replace(target, recipe=target.recipe.model_copy(update={"place": place}))
 
@@ -89,14 +97,16 @@ def _run(folder: Path, *, checkpoint: Path | None, needs_checkpoint: bool) -> Ta
     try:
         told = json.loads((folder / DATA).read_text(encoding="utf-8"))
         names, stops = tuple(told["label_names"]), tuple(told["stop_ids"])
+        prompt = told["question_prompt"]
     except (OSError, ValueError, KeyError, TypeError):
-        names, stops = (), ()  # it stopped before its data were read
+        names, stops, prompt = (), (), None  # it stopped before its data were read
     return Target(
         recipe=read_recipe(folder / RECIPE),
         checkpoint=checkpoint,
         run=folder,
         label_names=names,
         stop_ids=stops,
+        question_prompt=prompt,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from nibble.data import cache
 from nibble.data.chat import chat_template
 from nibble.data.encode import Encoder, plain_prompt
-from nibble.data.formats import Completion, Conversation, Example, Message
+from nibble.data.formats import Completion, Conversation, Example, Message, alpaca_prompt
 from nibble.data.hub import open_source
 from nibble.data.labels import label_names, label_tensor
 from nibble.data.order import permutation
@@ -90,7 +90,8 @@ class Splits:
     """What is learnt and what is held out, with what became of every row.
 
     `label_names` (empty for regression) belong to classification. `stop_ids`: the tokens that end
-    answers, for generation.
+    answers, for generation. `question_prompt`: how a question was put where there is no chat
+    template, with {question} in it; None where it is the prompt itself.
     """
 
     train: Rows
@@ -100,6 +101,7 @@ class Splits:
     eval_records: EvalRecords | None = field(default=None, repr=False)
     label_names: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    question_prompt: str | None = None
 
     @property
     def num_labels(self) -> int:
@@ -154,7 +156,19 @@ def prepare(
         eval_records=records,
         label_names=names,
         stop_ids=tuple(sorted({stop for one in [*train, *held] for stop in one.stop_ids})),
+        question_prompt=_question_prompt(data.train[0], encoder, task=task),
     )
+
+
+def _question_prompt(source: Source, encoder: Encoder, *, task: str) -> str | None:
+    """Alpaca's words around a question, if that is what the model learns to answer."""
+    if task != "causal-lm" or encoder.template is not None:
+        return None
+    files = open_source(source, max_length=encoder.data.max_length)
+    first = next(read_examples(source, files, task=task, tally=Tally()), None)
+    if first is None or not isinstance(first[2], Completion) or first[2].plain_prompt is None:
+        return None
+    return alpaca_prompt("{question}", "")
 
 
 def _encoder(data: Data, tokenizer: Any, *, task: str, can_pack: bool) -> Encoder:
