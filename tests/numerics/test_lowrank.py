@@ -64,6 +64,34 @@ def test_randomised_is_close_to_svd(side: str, power: float, bound: float) -> No
     assert tail(matrix, basis=plain, side=side) <= (1 + 12 / 11) ** 0.5 * half
 
 
+def test_a_guided_sketch_is_a_power_iteration_and_still_finds_what_is_new() -> None:
+    matrix = decaying(160, 120, power=0.5)
+    best = tail(matrix, basis=lowrank.svd_basis(matrix, rank=24, side="left"), side="left")
+
+    def tail_of(guide: Tensor | None) -> float:
+        columns = lowrank.sketch_columns(120, rank=24, generator=seeded(5), guide=guide)
+        found = lowrank.sketch(matrix, columns=columns, side="left")
+        return tail(matrix, basis=lowrank.orthonormalise(found, generator=seeded()), side="left")
+
+    blind = lowrank.orthonormalise(
+        lowrank.sketch(
+            matrix, columns=lowrank.sketch_columns(120, rank=24, generator=seeded(6)), side="left"
+        ),
+        generator=seeded(),
+    )
+    guided = tail_of((blind.T @ matrix).T)
+    assert best <= guided < best + 0.5 * (tail_of(None) - best)
+    # No guide yet: as good as none at all.
+    assert tail_of(torch.zeros(120, 24)) == pytest.approx(tail_of(None), rel=1e-4)
+    # A guide that misses the largest direction altogether: the noise lets it in.
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    columns = lowrank.sketch_columns(120, rank=24, generator=seeded(5), guide=right[50:74].T)
+    basis = lowrank.orthonormalise(
+        lowrank.sketch(matrix, columns=columns, side="left"), generator=seeded()
+    )
+    assert torch.linalg.vector_norm(basis.T @ left[:, 0]) > 0.2
+
+
 def test_orthonormalise_survives_what_cholesky_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(
@@ -97,12 +125,12 @@ def test_a_basis_is_the_same_for_one_batch_and_many_even_without_rank() -> None:
         torch.randn(12, 80, generator=seeded()),
         torch.randn(12, 64, generator=seeded(1)),
     )
-    whole = lowrank.sketch(errors.T @ inputs, rank=24, side="left", generator=seeded(3))
+    columns = lowrank.sketch_columns(80, rank=24, generator=seeded(3))
+    whole = lowrank.sketch(errors.T @ inputs, columns=columns, side="left")
     parts = sum(
-        lowrank.sketch(errors[i : i + 3].T @ inputs[i : i + 3], rank=24, side="left",
-                       generator=seeded(3))
+        lowrank.sketch(errors[i : i + 3].T @ inputs[i : i + 3], columns=columns, side="left")
         for i in range(0, 12, 3)
-    )  # fmt: skip
+    )
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-4)
     one = lowrank.orthonormalise(whole, generator=seeded(4))
     other = lowrank.orthonormalise(parts, generator=seeded(4))

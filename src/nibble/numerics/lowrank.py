@@ -39,6 +39,8 @@ from nibble.spec.lowrank import STORAGE_BLOCK
 
 JITTER = 1e-3
 """Noise added to a sketch, as a share of a column's norm: it stands in for missing rank."""
+EXPLORATION = 0.5
+"""Noise beside a guide of a sketch, as a share of a column's norm."""
 ORTHONORMAL_TOLERANCE = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -95,14 +97,27 @@ def svd_basis(matrix: Tensor, *, rank: int, side: str) -> Tensor:
     return left[:, :rank].contiguous() if side == "left" else right[:rank].mT.contiguous()
 
 
-def sketch(matrix: Tensor, *, rank: int, side: str, generator: torch.Generator) -> Tensor:
-    """Product of `matrix` [m, n] or its transpose with Gaussian columns: float32, [side, rank].
+def sketch_columns(
+    length: int, *, rank: int, generator: torch.Generator, guide: Tensor | None = None
+) -> Tensor:
+    """Columns to sketch with, float32 [length, rank]: Gaussian, or those of a `guide` beside noise.
 
-    The same generator state gives the same columns, so sketches of micro-batches add up.
+    A guide of this shape that lies near the dominant directions, such as the momentum of projected
+    gradients, makes the sketch a step of power iteration for nothing. The noise, EXPLORATION of a
+    column's norm, lets in directions that the guide does not know; columns of zeros are all noise.
+    """
+    columns = torch.randn(length, rank, generator=generator, device=generator.device)
+    if guide is None:
+        return columns
+    return _unit_columns(guide.float()).add_(columns, alpha=EXPLORATION / math.sqrt(length))
+
+
+def sketch(matrix: Tensor, *, columns: Tensor, side: str) -> Tensor:
+    """Product of `matrix` [m, n] or its transpose with `columns`: float32, [side, rank].
+
+    Linear in the matrix: sketches of micro-batches with the same columns add up.
     """
     oriented = matrix if side == "left" else matrix.mT
-    shape = (oriented.shape[1], rank)
-    columns = torch.randn(shape, generator=generator, device=matrix.device, dtype=torch.float32)
     return (oriented @ columns.to(matrix.dtype)).float()
 
 
@@ -118,10 +133,9 @@ def randomised_basis(
 
     A power iteration takes the singular values to the third power, for two more products.
     """
-    basis = orthonormalise(
-        sketch(matrix, rank=rank, side=side, generator=generator), generator=generator
-    )
     oriented = matrix if side == "left" else matrix.mT
+    columns = sketch_columns(oriented.shape[1], rank=rank, generator=generator)
+    basis = orthonormalise(sketch(matrix, columns=columns, side=side), generator=generator)
     for _ in range(num_power_iterations):
         inner = oriented.mT @ basis.to(matrix.dtype)
         inner = orthonormalise(inner, generator=generator).to(matrix.dtype)

@@ -1,15 +1,19 @@
 """Layer-wise mode: no full gradient of a projected parameter outlives its layer's backward.
 
-    in backward, micro-batch i:   R += P^T G_i;    Y += G_i S, if a basis is due;    G_i is dropped
+    in backward, micro-batch i:   R += P^T G_i;   Y += G_i S, if a basis is due;   G_i is dropped
     step:                         W <- W - lr * scale * P rule(R)
     after it, if due:             P' = orthonormal range of Y
 
 Both sums are linear in the gradient, so k micro-batches equal one batch, whatever they are scaled
 by; the norm of R is the norm that clipping needs, and memory is r / min(m, n) of full gradients
-(arXiv 2403.03507 proposes updates in backward, which step at every micro-batch; these do not). A
-basis for step t + 1 comes from the sketch of step t (arXiv 0909.4061). At the first step there is
-no sketch yet: matrices begin on random orthonormal bases and get their first real ones within
-FIRST_STEPS steps, spread like all refreshes when the group has `stagger`.
+(arXiv 2403.03507 proposes updates in backward, which step at every micro-batch; these do not).
+
+A basis for step t + 1 comes from the sketch of step t (arXiv 0909.4061). The columns S are those of
+the rule's momentum M of R and half as much noise: G M^T is a step of power iteration from the
+present basis, and M is the same for all micro-batches. Where a rule keeps no momentum, they are
+Gaussian. At the first step there is no sketch yet: matrices begin on random orthonormal bases and
+get their first real ones within FIRST_STEPS steps, spread like all refreshes when the group has
+`stagger`.
 
 `param.grad` holds the small matrix (projected_grad.py) between backward and `zero_grad`, so the
 optimiser stays an ordinary one: schedules, clipping, `zero_grad` and trainers work as they are.
@@ -33,6 +37,8 @@ from nibble.numerics import lowrank
 from nibble.optim.optimizer import Optimizer, initialise_
 from nibble.optim.projected_grad import ProjectedGrad, projected_grad
 from nibble.optim.projection import Projection
+from nibble.optim.states import unpack
+from nibble.spec.state import slot_tensors, slots
 
 FIRST_STEPS = 16
 """Steps within which all matrices leave their random first bases."""
@@ -95,7 +101,7 @@ class Layerwise:
         matrix = grad.reshape(projection.matrix_shape)
         left, right = projection.bases(state, dtype=matrix.dtype)
         small = lowrank.project(matrix, left=left, right=right).to(self._dtype or grad.dtype)
-        sketches = _sketches(projection, state, matrix)
+        sketches = _sketches(projection, state, matrix, group=group)
         held = self._held.pop(weight, None)
         if held is not None:
             small.add_(held.small)
@@ -170,16 +176,38 @@ def _begin_(projection: Projection, state: dict[str, Any]) -> None:
         state["next_refresh"] = state["step"] + 1 + (share if low.stagger else 0)
 
 
-def _sketches(projection: Projection, state: dict[str, Any], matrix: Tensor) -> dict[str, Tensor]:
-    """Products with random columns, by side, if the next step begins with a new basis."""
+def _sketches(
+    projection: Projection, state: dict[str, Any], matrix: Tensor, *, group: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Products with some columns, by side, if the next step begins with a new basis."""
     if projection.low.basis == "random" or state["step"] + 1 < state["next_refresh"]:
         return {}
-    return {
-        side: lowrank.sketch(
-            matrix,
+    momentum = _momentum(projection, state, group=group)
+    left, right = projection.bases(state, dtype=torch.float32)
+    sketches = {}
+    for side in projection.low.sides(projection.shape):
+        guide = None
+        if momentum is not None and side == "left":
+            guide = lowrank.project_back(momentum, left=None, right=right).mT
+        elif momentum is not None:
+            guide = lowrank.project_back(momentum, left=left, right=None)
+        columns = lowrank.sketch_columns(
+            projection.matrix_shape[1 if side == "left" else 0],
             rank=projection.low.rank,
-            side=side,
             generator=projection.generator(state["num_refreshes"], side),
+            guide=guide,
         )
-        for side in projection.low.sides(projection.shape)
-    }
+        sketches[side] = lowrank.sketch(matrix, columns=columns, side=side)
+    return sketches
+
+
+def _momentum(
+    projection: Projection, state: dict[str, Any], *, group: dict[str, Any]
+) -> Tensor | None:
+    """The running mean of projected gradients or updates, float32, if the rule keeps one."""
+    shape = projection.low.projected_shape(projection.shape)
+    for slot in slots(group["rule"], num_dims=len(shape)):
+        if slot.signed and slot.extent == "full":
+            names = slot_tensors(slot, codec=group["codec"], shape=shape)
+            return unpack([tuple(state[name] for name in names)], slot=slot).views[0]
+    return None
