@@ -9,6 +9,7 @@ question before and after, held-out loss before and after, both exports.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def demo_recipe(folder: Path, *, num_steps: int) -> Recipe:
     return load_recipe(
         "qlora",
         [
-            f"model.path={model_file()}",
+            f"model.path={os.path.relpath(model_file())}",
             f"data.train={folder / 'train.jsonl'}",
             f"data.eval={folder / 'held-out.jsonl'}",
             "data.max_length=192",
