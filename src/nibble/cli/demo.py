@@ -129,7 +129,7 @@ def _answer(path: str, question: str) -> str:
 def _compare(say: Any, question: str, before: str, after: str, documented: str) -> None:
     from rich.table import Table
 
-    table = Table(title=question, show_header=False, width=100)
+    table = Table(title=question, show_header=False)
     for name, text in (("before", before), ("after", after), ("documentation", documented)):
         table.add_row(name, text.replace("[", r"\["))
     say.print()
