@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 CONTROL = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|\x1b\]8;[^\x1b\x07]*(?:\x1b\\|\x07)|[\r\n]")
-FOLDERS = re.compile(r"(?:/[\w.\-+]+)+/(?=[\w.\-]+\.gguf)")
+FOLDERS = re.compile(r"(?:[\w.\-+]*/)+(?=[\w.\-]+\.gguf)")
 SCRIPT = ("Script started on", "Script done on")
 DRAWN = re.compile(r'<text ([^>]*?)x="([\d.]+)"([^>]*?)textLength="[\d.]+"([^>]*)>([^<]*)</text>')
 SPACE, CELL = "&#160;", 12.2

@@ -112,7 +112,7 @@ def run(*, folder: Path, num_steps: int) -> None:
 
 
 def _step(say: Any, command: str) -> None:
-    say.print(f"\n[bold cyan]$[/] [bold]{command}[/]")
+    say.print(f"\n[bold cyan]$[/] [bold]{command}[/]", soft_wrap=True)
 
 
 def _answer(path: str, question: str) -> str:
