@@ -71,7 +71,8 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
         RunFolder(recipe, resume=resume) as folder,
         Report(log_every=recipe.train.log_every) as report,
     ):
-        folder.write_versions(gather_versions(seed=recipe.train.seed))
+        versions = gather_versions(seed=recipe.train.seed)
+        folder.write_versions(versions)
         for sink in make_sinks(recipe.report.sinks, _sink_context(recipe, folder), stream=stream):
             report.add(sink)
         assembly, splits = _model_and_data(recipe, report)
@@ -84,7 +85,7 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
             checkpoints = Checkpoints(
                 folder.path,
                 keep=recipe.train.keep_checkpoints,
-                versions=gather_versions(seed=recipe.train.seed),
+                versions=versions,
                 write_model=_write_model(assembly, state.model),
             )
             if resume and (found := checkpoints.resume(state)) is not None:

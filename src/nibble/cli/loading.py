@@ -23,9 +23,13 @@ from nibble.spec.config import Adapter, Model, Precision, Quant, Recipe, Train
 from nibble.train.checkpoint import TRAINED, TRAINER, latest, load_trained
 from nibble.train.folder import RECIPE, read_recipe
 from nibble.use.assemble import Assembly, assemble, fill
-from nibble.weights.adapter_files import load_adapter, read_adapter_config
+from nibble.weights.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    read_adapter_config,
+)
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DATA = "data.json"
 CLASSIFIER = "ForSequenceClassification"
 PRECISIONS: dict[str | None, Precision] = {"float32": "fp32", "float16": "fp16"}
@@ -70,7 +74,7 @@ def resolve(path: str, *, device: str = "auto", base: bool = False) -> Target:
         target = _run(folder, checkpoint=latest(folder), needs_checkpoint=not base)
     elif (folder / TRAINER).is_file() and (folder.parent / RECIPE).is_file():
         target = _run(folder.parent, checkpoint=folder, needs_checkpoint=True)
-    elif (folder / PEFT_CONFIG).is_file():
+    elif (folder / CONFIG_FILE).is_file():
         target = _adapter(folder, device=device)
     elif base:
         raise ConfigError(f"--base is for runs, and {path} is a model: leave it out")
@@ -112,11 +116,11 @@ def _run(folder: Path, *, checkpoint: Path | None, needs_checkpoint: bool) -> Ta
 
 def _adapter(folder: Path, *, device: str) -> Target:
     adapter = read_adapter_config(folder)  # which also says when it is not JSON
-    told = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     name = told.get("base_model_name_or_path")
     if not name:
         raise ConfigError(
-            f"{folder / PEFT_CONFIG} does not name its base model: fill in base_model_name_or_path"
+            f"{folder / CONFIG_FILE} does not name its base model: fill in base_model_name_or_path"
         )
     words = Model(path=name)
     if told.get("task_type") == "SEQ_CLS":
@@ -139,7 +143,7 @@ def _num_labels(folder: Path) -> int | None:
     """Rows of the classification head that an adapter folder holds: the narrowest weight in it."""
     from safetensors import safe_open
 
-    with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         shapes = [
             file.get_slice(name).get_shape()
             for name in file.keys()  # noqa: SIM118 (not a dict)

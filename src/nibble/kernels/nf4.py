@@ -24,7 +24,6 @@ from nibble.kernels.launch import launch
 from nibble.numerics.nf4 import code_values
 from nibble.spec.formats import SCALES_PER_STEP, FormatSpec
 
-WEIGHTS_PER_WORD = 8
 TILE_ROWS = 2
 TILE_WORDS = 256
 NUM_WARPS = 4

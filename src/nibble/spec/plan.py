@@ -52,11 +52,6 @@ CATEGORIES: dict[str, str] = {
     "cuda_context": "CUDA context",
 }
 """Categories of device memory and how they are called; a new one is a row here."""
-HOST_CATEGORIES: dict[str, str] = {
-    "process": "Python and libraries",
-    "tensor_in_flight": "one tensor on its way",
-    "checkpoint_copy": "copy for the checkpoint",
-}
 PHASES = ("load", "first step", "steady step", "evaluation", "save")
 
 CUDA_CONTEXT_BYTES = GIB // 2

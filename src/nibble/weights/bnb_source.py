@@ -27,7 +27,6 @@ from nibble.weights.source import Entry, Source
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-INT8_LEVELS = 127.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nibble.errors import CheckpointError, ExportError, NibbleError
+from nibble.spec.units import GIB
 
 CODES = {
     torch.float64: "F64",
@@ -37,7 +38,6 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-GIB = 2**30
 MARGIN_BYTES = 16 * 2**20
 WRITE_BYTES = 64 * 2**20
 
