@@ -37,6 +37,7 @@ from random_model import CASES, assemble_random, write_config
 from nibble import optim
 from nibble.data import Batch
 from nibble.errors import ConfigError
+from nibble.place.activations import Activations
 from nibble.place.single import Single
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
@@ -145,7 +146,7 @@ def _built(recipe: Recipe, place: Single) -> tuple[Assembly, float]:
     """The model in its place with random weights, and the seconds that it took."""
     start = time.perf_counter()
     assembly = assemble_random(recipe, device=place.device)
-    fill(assembly, place, checkpointing=recipe.train.activation_checkpointing)
+    fill(assembly, place, activations=Activations.of(recipe.train))
     _wait(place)
     return assembly, time.perf_counter() - start
 

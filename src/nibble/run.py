@@ -26,6 +26,7 @@ from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
 from nibble.optim.schedules import factor, num_warmup_steps
+from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained
 from nibble.place.single import Single
 from nibble.spec.advice import advise
@@ -288,7 +289,7 @@ def _load(
         model = fill(
             assembly,
             place,
-            checkpointing=recipe.train.activation_checkpointing,
+            activations=Activations.of(recipe.train),
             advance=lambda done, total: phase.at(done, total),
         )
     if recipe.adapter.path is not None:

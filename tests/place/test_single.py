@@ -15,7 +15,7 @@ from nibble.errors import PlacementError, WeightError
 from nibble.nn.adapters import adapt_, finish_loading_, reset_parameters_
 from nibble.nn.quant import PackedWeight, QuantLinear, quantize_
 from nibble.numerics.formats import pack
-from nibble.place.activations import Recomputed
+from nibble.place.activations import Activations, Recomputed
 from nibble.place.base import host_peak_bytes, out_of_memory_is_explained
 from nibble.place.single import Single, pick_device
 from nibble.spec.config import Adapter, Place, Quant
@@ -54,7 +54,7 @@ def test_a_filled_model_computes_what_the_checkpoint_does(tied: bool) -> None:
     built = tiny(tied=tied)
     reference = truth(built.config)
     place = Single(Place(device="cpu"))
-    model = place.arrange(built, activation_checkpointing="full")
+    model = place.arrange(built, activations=Activations(policy="full"))
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert all(isinstance(b.forward, Recomputed) for _, b in built.family.blocks(model))
     fill(place, model, reference)
@@ -72,7 +72,7 @@ def test_weights_are_packed_on_arrival_through_adapters() -> None:
     generator = torch.Generator().manual_seed(0)
     adapt_(built.model, Adapter(kind="lora", rank=2), dtype=torch.float32, generator=generator)
     place = Single(Place(device="cpu"))
-    model = place.arrange(built, activation_checkpointing="none")
+    model = place.arrange(built, activations=Activations(policy="none"))
     reference = truth(built.config)
     fill(place, model, reference)
     adapters = [p for n, p in model.named_parameters() if "lora_" in n]
@@ -95,7 +95,7 @@ def test_packed_weights_are_taken_verbatim_and_only_where_they_fit() -> None:
     assert spec is not None
     quantize_(built.model, spec, keep=("down_proj",))
     place = Single(Place(device="cpu"))
-    model = place.arrange(built, activation_checkpointing="none")
+    model = place.arrange(built, activations=Activations(policy="none"))
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     packed = PackedWeight(spec=spec, tensors=pack(spec, weight))
     place.load(model, "model.layers.0.self_attn.q_proj.weight", packed)
@@ -109,7 +109,7 @@ def test_every_tensor_comes_exactly_once() -> None:
     built = tiny()
     reference = truth(built.config)
     place = Single(Place(device="cpu"))
-    model = place.arrange(built, activation_checkpointing="none")
+    model = place.arrange(built, activations=Activations(policy="none"))
     norm = "model.norm.weight"
     for name, value in reference.named_parameters():
         if name != norm:
@@ -123,7 +123,7 @@ def test_every_tensor_comes_exactly_once() -> None:
         with pytest.raises(WeightError, match="but not in the model"):
             place.load(model, name, torch.ones(32))
     other = tiny()
-    model = place.arrange(other, activation_checkpointing="none")
+    model = place.arrange(other, activations=Activations(policy="none"))
     with pytest.raises(WeightError, match=r"has shape \[31\] in the checkpoint and \[32\] in the"):
         place.load(model, norm, torch.ones(31))
 
@@ -132,7 +132,7 @@ def test_values_take_the_type_of_the_model() -> None:
     built = tiny()
     built.model.to(torch.bfloat16)
     place = Single(Place(device="cpu"))
-    model = place.arrange(built, activation_checkpointing="none")
+    model = place.arrange(built, activations=Activations(policy="none"))
     value = torch.randn(32, generator=torch.Generator().manual_seed(0))
     place.load(model, "model.norm.weight", value)
     held = model.get_parameter("model.norm.weight")

@@ -120,7 +120,7 @@ def test_named_data_sets() -> None:
         ("--precision bf16_autocast", "train.adapter_precision", "fp32"),
         ("--use_gradient_checkpointing false", "train.activation_checkpointing", "none"),
         ("--reentrant_checkpointing true", "train.activation_checkpointing", "full"),
-        ("--use_cpu_offload false", "place.kind", "single"),
+        ("--use_cpu_offload false", "place.kind", "auto"),
         ("--save_model true --world_size 1", "output_dir", "output"),
         ("--train_type hqq_lora --n_bits 2", "quant.bits", 2),
         ("--lora_target_modules default", "adapter.targets", ("q_proj", "v_proj")),

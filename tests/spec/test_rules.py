@@ -84,6 +84,25 @@ EFFECTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "train.loss_chunk_tokens": ([CLASSES, {"train": {"loss_chunk_tokens": 64}}],
                                 [{"train": {"loss_chunk_tokens": 64}}]),
     "place.vram": ([{"place": {"device": "cpu", "vram": "8GiB"}}], [{"place": {"vram": "8GiB"}}]),
+    "place.shard": ([{"place": {"shard": "grad-op"}}],
+                    [{"place": {"kind": "fsdp", "shard": "grad-op"}}]),
+    "place.shard_group": ([{"place": {"kind": "fsdp", "shard_group": 2}}],
+                          [{"place": {"kind": "fsdp", "shard": "hybrid", "shard_group": 2}}]),
+    "place.zero_stage": ([{"place": {"zero_stage": 2}}],
+                         [{"place": {"kind": "deepspeed", "zero_stage": 2}}]),
+    "place.resident_blocks": ([{"place": {"resident_blocks": 3}}],
+                              [LORA, {"place": {"kind": "stream", "resident_blocks": 3}}]),
+    "place.ring_blocks": ([{"place": {"ring_blocks": 3}}],
+                          [LORA, {"place": {"kind": "stream", "ring_blocks": 3}}]),
+    "place.num_devices": ([{"place": {"kind": "single", "num_devices": 2}}],
+                          [{"place": {"kind": "ddp", "num_devices": 2}}]),
+    "train.keep_blocks": ([{"train": {"activation_checkpointing": "none", "keep_blocks": 2}}],
+                          [{"train": {"keep_blocks": 2}}]),
+    "train.activation_offload": (
+        [{"train": {"activation_checkpointing": "none", "activation_offload": True}}],
+        [{"train": {"activation_offload": True}}]),
+    "quant.cache": ([{"quant": {"cache": True}}],
+                    [LORA, {"quant": {"format": "nf4", "cache": True}}]),
     "report.project": ([{"report": {"project": "p"}}],
                        [{"report": {"project": "p", "sinks": ["wandb"]}}]),
     "report.run_name": ([{"report": {"run_name": "n"}}],
@@ -148,6 +167,17 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "profile after the end": (
         [{"train": {"max_steps": 2, "profile": {"start_step": 3}}}],
         ["train.profile", "train.max_steps=2"]),
+    "a share of one device": (
+        [{"place": {"kind": "ddp", "device": "cuda:1"}}],
+        ["place.kind=ddp", "place.device=cuda:1", "place.num_devices"]),
+    "several GPUs in one process, without a GPU": (
+        [{"place": {"kind": "dp", "device": "cpu"}}], ["place.kind=dp", "place.kind=ddp"]),
+    "nothing frozen to stream": (
+        [{"place": {"kind": "stream"}}],
+        ["place.kind=stream", "adapter.kind=none", "place.kind=fsdp"]),
+    "deepspeed with a quantised base": (
+        [LORA, QUANT, {"place": {"kind": "deepspeed"}}],
+        ["place.kind=deepspeed", "quant.format=nf4", "place.kind=fsdp"]),
 }  # fmt: skip
 
 

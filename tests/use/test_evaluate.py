@@ -16,6 +16,7 @@ from torch import nn
 
 from nibble.data import Splits, prepare
 from nibble.errors import ConfigError, DataError
+from nibble.place.activations import Activations
 from nibble.place.single import Single
 from nibble.spec.config import Recipe
 from nibble.use import evaluate
@@ -39,7 +40,7 @@ def ready(kind: str, root: Path, rows: Path, **sections: Any) -> Ready:
     recipe = small.recipe(base, rows, root / "run", **sections)
     place = Single(recipe.place)
     made = assemble(recipe, to_train=False)
-    model = fill(made, place, checkpointing="none").eval()
+    model = fill(made, place, activations=Activations(policy="none")).eval()
     splits = prepare(
         recipe.data, made.tokenizer, task=recipe.model.task, seed=0,
         can_pack=made.built.family.can_pack, num_labels=recipe.model.num_labels,

@@ -18,6 +18,7 @@ from torch import nn
 from nibble.cli.quiet import quiet_libraries
 from nibble.errors import CheckpointError, ConfigError, WeightError
 from nibble.models.locate import locate, read_config
+from nibble.place.activations import Activations
 from nibble.place.single import Single, pick_device
 from nibble.spec.config import Adapter, Model, Precision, Quant, Recipe, Train
 from nibble.train.checkpoint import TRAINED, TRAINER, latest, load_trained
@@ -184,7 +185,7 @@ def load(target: Target) -> Loaded:
     place = Single(target.recipe.place)
     assembly = assemble(target.recipe, to_train=False)
     with loading_bar("loading") as advance:
-        model = fill(assembly, place, checkpointing="none", advance=advance)
+        model = fill(assembly, place, activations=Activations(policy="none"), advance=advance)
     if target.checkpoint is not None:
         parameters = {n: p for n, p in model.named_parameters() if n in assembly.trained_names}
         load_trained(target.checkpoint, parameters)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nibble.nn.quant import QuantLinear
+from nibble.spec.config import Train
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,31 @@ class Recomputed:
             return self.forward(*args, **words)
         return checkpoint(
             self.forward, *args, use_reentrant=False, preserve_rng_state=True, **words
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What is kept of the activations, where, and how large a piece is computed at once."""
+
+    policy: str = "full"
+    """none, selective or full."""
+    keep_blocks: int = 0
+    """The last so many blocks keep all."""
+    offload: bool = False
+    """What a block keeps waits in host memory."""
+    mlp_tile_tokens: int | None = None
+    """Feed-forward layers see this many tokens at a time."""
+
+    @classmethod
+    def of(cls, train: Train) -> Activations:
+        """What a recipe says; `keep_blocks: auto` must have been decided."""
+        assert train.keep_blocks != "auto", "decided by the plan"
+        return cls(
+            policy=train.activation_checkpointing,
+            keep_blocks=train.keep_blocks,
+            offload=train.activation_offload,
+            mlp_tile_tokens=train.mlp_tile_tokens,
         )
 
 

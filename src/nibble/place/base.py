@@ -23,6 +23,8 @@ from nibble.data import Batch
 from nibble.errors import PlacementError
 from nibble.models import Built
 from nibble.nn.quant import PackedWeight
+from nibble.optim.shards import ShardView
+from nibble.place.activations import Activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,14 @@ class Placement(Protocol):
         """How many processes share the run."""
         ...
 
-    def arrange(self, built: Built, *, activation_checkpointing: str) -> nn.Module:
+    def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
         """Give the meta model storage where it will live; its weights are still to be loaded."""
+        ...
+
+    def rows(self, model: nn.Module, name: str) -> slice | None:
+        """The rows of the checkpoint's tensor `name` that this process keeps; None for all. What
+        is not kept need not be read.
+        """
         ...
 
     def load(self, model: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
@@ -64,6 +72,16 @@ class Placement(Protocol):
 
     def check_loaded(self, model: nn.Module, *, initialised: Iterable[Tensor]) -> None:
         """Raise WeightError if a parameter was neither loaded nor `initialised` on purpose."""
+        ...
+
+    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What the optimiser of this process steps, by the model's names: the parameters, or the
+        parts of them that live here. Their `.grad` is complete after a step's last micro-batch.
+        """
+        ...
+
+    def view(self, name: str) -> ShardView:
+        """Which part of the trained parameter `name` lives here, and how to add over the others."""
         ...
 
     def batch(self, batch: Batch) -> Batch:
@@ -94,6 +112,10 @@ class Placement(Protocol):
 
     def reset_memory(self) -> None:
         """Start a new peak."""
+        ...
+
+    def close(self) -> None:
+        """Give back what outlives a process: shared memory, process groups."""
         ...
 
 

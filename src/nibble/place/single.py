@@ -23,7 +23,8 @@ from nibble.models import Built, materialise
 from nibble.nn.adapters import locate
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.optim import clip_grad_norm_
-from nibble.place.activations import checkpoint_
+from nibble.optim.shards import ShardView, whole
+from nibble.place.activations import Activations, checkpoint_
 from nibble.place.base import Memory, host_peak_bytes
 from nibble.spec.config import Place
 from nibble.spec.units import parse_bytes, show_bytes
@@ -39,21 +40,27 @@ class Single:
         self.device = pick_device(place.device)
         self._unfilled: dict[int, str] = {}
         self._seen: set[str] = set()
+        self._views: dict[str, ShardView] = {}
         if place.vram is not None:
             cap_vram(self.device, parse_bytes(place.vram))
 
-    def arrange(self, built: Built, *, activation_checkpointing: str) -> nn.Module:
+    def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
         """Empty storage on the device for every parameter and buffer; blocks wrapped as asked."""
         model = built.model
         materialise(model, device=self.device)
         blocks = [block for _, block in built.family.blocks(model)]
-        checkpoint_(blocks, policy=activation_checkpointing)
+        checkpoint_(blocks, policy=activations.policy)
         self._seen = set()
         stored = set(model.state_dict(keep_vars=True))
         buffers = ((n, b) for n, b in model.named_buffers() if n in stored)
         # By identity: tied parameters are one tensor with two names.
         self._unfilled = {id(t): name for name, t in (*model.named_parameters(), *buffers)}
         return model
+
+    def rows(self, model: nn.Module, name: str) -> slice | None:
+        """All of them: there is one process."""
+        del model, name
+        return None
 
     @torch.no_grad()
     def load(self, model: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
@@ -106,6 +113,16 @@ class Single:
             )
         self._unfilled = {}
 
+    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name; tied ones once."""
+        found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._views = {name: whole(parameter) for name, parameter in found.items()}
+        return found
+
+    def view(self, name: str) -> ShardView:
+        """All of it."""
+        return self._views[name]
+
     def batch(self, batch: Batch) -> Batch:
         """The batch on the device, copied without waiting."""
         if self.device.type == "cpu":
@@ -134,6 +151,9 @@ class Single:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
 
     def memory(self) -> Memory:
         """Peaks of this process since the last reset (the host's since its start)."""

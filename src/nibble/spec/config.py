@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 MODEL_CONFIG = ConfigDict(
     extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
@@ -29,6 +29,7 @@ DataFormat = Literal[
 Task = Literal["causal-lm", "classification"]
 Precision = Literal["bf16", "fp32", "fp16"]
 SinkName = Literal["progress", "plain", "tensorboard", "wandb"]
+PlacementName = Literal["auto", "single", "ddp", "fsdp", "stream", "dp", "deepspeed"]
 
 
 class Section(BaseModel):
@@ -75,6 +76,8 @@ class Quant(Section):
     """Linears that stay in 16 bit, by name or regular expression, besides the output head."""
     kernels: Literal["auto", "eager", "triton", "bitsandbytes"] = "auto"
     """Who unpacks: `auto` takes the fastest present; `eager` is the reference."""
+    cache: bool = True
+    """Keep the packed base on disk, so that the next start reads it instead of packing again."""
 
 
 class Adapter(Section):
@@ -202,8 +205,16 @@ class Train(Section):
     """Passes over the data; or give max_steps."""
     max_steps: int | None = Field(default=None, ge=1)
     """Updates; wins over epochs."""
-    activation_checkpointing: Literal["none", "full"] = "full"
-    """Keep only each block's input and compute the rest again in backward (`full`), or keep all."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    """`full` keeps each block's input and computes the rest again in backward; `selective` also
+    keeps what is dear to compute and small (attention's output); `none` keeps all."""
+    keep_blocks: NonNegativeInt | Literal["auto"] = 0
+    """With checkpointing: this many blocks, the last ones, keep all they computed; `auto`: as many
+    as the memory allows."""
+    activation_offload: bool = False
+    """Move the blocks' inputs to pinned host memory until backward, behind the computation."""
+    mlp_tile_tokens: int | None = Field(default=None, ge=128)
+    """Compute feed-forward layers for this many tokens at a time, for very long rows."""
     loss_chunk_tokens: int = Field(default=1024, ge=16)
     """Logits are made for this many tokens at a time."""
     eval_every: int | None = Field(default=None, ge=1)
@@ -224,12 +235,31 @@ class Train(Section):
 class Place(Section):
     """Where tensors live."""
 
-    kind: Literal["single"] = "single"
-    """single: one device."""
+    kind: PlacementName = "auto"
+    """single: one device. ddp: a copy on each. fsdp: weights sharded over all. stream: frozen
+    weights once in host memory, pulled block by block by each device. dp: one process, several
+    GPUs. deepspeed: ZeRO by that library. auto: single, or ddp with several devices."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    """auto (GPUs where there are some), cpu, cuda or cuda:N."""
+    num_devices: int | None = Field(default=None, ge=1)
+    """Devices of each machine, one process each (default: all GPUs; on a CPU one process)."""
     vram: str | None = None
-    """Cap of GPU memory such as 24GiB: enforced, so that a wrong plan fails at once."""
+    """Cap of each GPU's memory such as 24GiB: enforced, so that a wrong plan fails at once."""
+    ram: str | None = None
+    """Budget of host memory of one machine; a run that plans more is refused."""
+    shard: Literal["full", "grad-op", "hybrid"] = "full"
+    """fsdp: free a block's weights after each use, keep them from forward to backward, or shard
+    within groups of `shard_group` and replicate across them."""
+    shard_group: int | None = Field(default=None, ge=2)
+    """fsdp hybrid: processes that share one copy (default: those of one machine)."""
+    zero_stage: Literal[2, 3] = 3
+    """deepspeed: 2 shards gradients and optimiser state, 3 the weights too."""
+    resident_blocks: NonNegativeInt | Literal["auto"] = "auto"
+    """stream: blocks whose weights stay on the device (auto: as many as memory allows)."""
+    ring_blocks: int = Field(default=3, ge=2)
+    """stream: buffers on the device that blocks are pulled into."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """A process that waits longer for another ends the run and names the step."""
 
 
 class Report(Section):

@@ -28,6 +28,7 @@ from nibble.nn.adapters import (
 )
 from nibble.nn.expand import Expansion, expand_
 from nibble.nn.quant import PackedWeight, quantize_
+from nibble.place.activations import Activations
 from nibble.place.base import Placement
 from nibble.spec.config import Recipe
 from nibble.spec.formats import FormatSpec, format_spec
@@ -189,10 +190,14 @@ def _stored_format(
 
 
 def fill(
-    assembly: Assembly, place: Placement, *, checkpointing: str, advance: Advance | None = None
+    assembly: Assembly,
+    place: Placement,
+    *,
+    activations: Activations,
+    advance: Advance | None = None,
 ) -> nn.Module:
     """Give the model storage where it will live and stream its weights in, quantised on arrival."""
-    model = place.arrange(assembly.built, activation_checkpointing=checkpointing)
+    model = place.arrange(assembly.built, activations=activations)
     total = 0 if assembly.weights is None else len(assembly.weights)
     for done, (name, value) in enumerate(assembly.values(), start=1):
         place.load(model, name, value)

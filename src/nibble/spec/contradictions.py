@@ -1,0 +1,155 @@
+"""Combinations of settings that cannot be meant: a name, when it holds, and what to say; one row
+each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .config import Recipe
+from .effects import Predicate, quantised
+from .texts import show
+
+DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contradiction:
+    """A combination that is refused: its name, when it holds, and what to say."""
+
+    name: str
+    holds: Predicate
+    message: Callable[[Recipe], str]
+
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (
+    Contradiction(
+        name="quantised base, nothing to train",
+        holds=lambda r: quantised(r) and r.adapter.kind == "none",
+        message=lambda r: (
+            f"quant.format={r.quant.format} with adapter.kind=none: a quantised base "
+            "cannot be trained; choose an adapter (lora, dora, expand) or quant.format=none"
+        ),
+    ),
+    Contradiction(
+        name="random base, quantised",
+        holds=lambda r: r.model.from_scratch and quantised(r),
+        message=lambda r: (
+            f"model.from_scratch with quant.format={r.quant.format}: a random base "
+            "must be trained itself; use quant.format=none"
+        ),
+    ),
+    Contradiction(
+        name="random base, frozen",
+        holds=lambda r: r.model.from_scratch and r.adapter.kind != "none",
+        message=lambda r: (
+            f"model.from_scratch with adapter.kind={r.adapter.kind}: a random base "
+            "must be trained itself; use adapter.kind=none"
+        ),
+    ),
+    Contradiction(
+        name="Triton on a CPU",
+        holds=lambda r: r.quant.kernels == "triton" and r.place.device == "cpu",
+        message=lambda r: (
+            "quant.kernels=triton with place.device=cpu: Triton needs a GPU; use quant.kernels=auto"
+        ),
+    ),
+    Contradiction(
+        name="bitsandbytes cannot unpack it",
+        holds=lambda r: r.quant.kernels == "bitsandbytes" and r.quant.format in ("hqq", "ternary"),
+        message=lambda r: (
+            f"quant.kernels=bitsandbytes with quant.format={r.quant.format}: it knows "
+            "nf4, fp4 and int8; use quant.kernels=auto"
+        ),
+    ),
+    Contradiction(
+        name="fp16 on a CPU",
+        holds=lambda r: r.train.precision == "fp16" and r.place.device == "cpu",
+        message=lambda r: "train.precision=fp16 with place.device=cpu: use bf16 or fp32",
+    ),
+    Contradiction(
+        name="adapters narrower than the run",
+        holds=lambda r: r.train.adapter_precision == "bf16" and r.train.precision != "bf16",
+        message=lambda r: (
+            "train.adapter_precision=bf16 with "
+            f"train.precision={r.train.precision}: use fp32 or auto"
+        ),
+    ),
+    Contradiction(
+        name="two warm-ups",
+        holds=lambda r: r.optim.warmup_steps is not None and r.optim.warmup_ratio is not None,
+        message=lambda r: (
+            f"optim.warmup_steps={r.optim.warmup_steps} and "
+            f"optim.warmup_ratio={r.optim.warmup_ratio} both set the warm-up: keep one"
+        ),
+    ),
+    Contradiction(
+        name="two held-out sets",
+        holds=lambda r: bool(r.data.eval) and r.data.eval_rows is not None,
+        message=lambda r: (
+            f"data.eval and data.eval_rows={r.data.eval_rows} both name the held-out rows: keep one"
+        ),
+    ),
+    Contradiction(
+        name="two views of one terminal",
+        holds=lambda r: {"progress", "plain"} <= set(r.report.sinks),
+        message=lambda r: (
+            "report.sinks has progress and plain, which write to one terminal: keep one"
+        ),
+    ),
+    Contradiction(
+        name="a sink twice",
+        holds=lambda r: len(set(r.report.sinks)) < len(r.report.sinks),
+        message=lambda r: f"report.sinks={show(r.report.sinks)} names a sink twice",
+    ),
+    Contradiction(
+        name="unknown device",
+        holds=lambda r: not DEVICE.match(r.place.device),
+        message=lambda r: f"place.device={r.place.device} is not one of auto, cpu, cuda, cuda:N",
+    ),
+    Contradiction(
+        name="profile after the end",
+        holds=lambda r: (
+            r.train.profile is not None
+            and r.train.max_steps is not None
+            and r.train.profile.start_step > r.train.max_steps
+        ),
+        message=lambda r: (
+            "train.profile starts after train.max_steps="
+            f"{r.train.max_steps}: lower train.profile.start_step"
+        ),
+    ),
+    Contradiction(
+        name="a share of one device",
+        holds=lambda r: r.place.kind not in ("auto", "single") and ":" in r.place.device,
+        message=lambda r: (
+            f"place.kind={r.place.kind} with place.device={r.place.device}: it takes several "
+            "devices; use place.device=cuda and place.num_devices"
+        ),
+    ),
+    Contradiction(
+        name="several GPUs in one process, without a GPU",
+        holds=lambda r: r.place.kind == "dp" and r.place.device == "cpu",
+        message=lambda r: (
+            "place.kind=dp with place.device=cpu: DataParallel copies to GPUs; use place.kind=ddp"
+        ),
+    ),
+    Contradiction(
+        name="nothing frozen to stream",
+        holds=lambda r: r.place.kind == "stream" and r.adapter.kind == "none",
+        message=lambda r: (
+            "place.kind=stream with adapter.kind=none: only frozen weights are streamed, and "
+            "here all are trained; choose an adapter, or place.kind=fsdp"
+        ),
+    ),
+    Contradiction(
+        name="deepspeed with a quantised base",
+        holds=lambda r: r.place.kind == "deepspeed" and quantised(r),
+        message=lambda r: (
+            f"place.kind=deepspeed with quant.format={r.quant.format}: ZeRO shards 16-bit "
+            "weights; use place.kind=fsdp or stream"
+        ),
+    ),
+)
