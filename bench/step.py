@@ -38,7 +38,8 @@ from nibble import optim
 from nibble.data import Batch
 from nibble.errors import ConfigError
 from nibble.place.activations import Activations
-from nibble.place.single import Single
+from nibble.place.base import Placement
+from nibble.place.single import one_device
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware, hardware
@@ -98,7 +99,7 @@ def main() -> None:
         write_config(Path(folder), case.config)
         recipe = _recipe(options, folder)
         seed_everything(recipe.train.seed)
-        place = Single(recipe.place)
+        place = one_device(recipe.place)
         assembly, build_s = _built(recipe, place)
         about = _about(options, assembly, place)
         static = torch.cuda.memory_allocated() / GIB if place.device.type == "cuda" else 0.0
@@ -142,7 +143,7 @@ def _recipe(options: argparse.Namespace, folder: str) -> Recipe:
     return Recipe.model_validate(words)
 
 
-def _built(recipe: Recipe, place: Single) -> tuple[Assembly, float]:
+def _built(recipe: Recipe, place: Placement) -> tuple[Assembly, float]:
     """The model in its place with random weights, and the seconds that it took."""
     start = time.perf_counter()
     assembly = assemble_random(recipe, device=place.device)
@@ -151,7 +152,7 @@ def _built(recipe: Recipe, place: Single) -> tuple[Assembly, float]:
     return assembly, time.perf_counter() - start
 
 
-def _about(options: argparse.Namespace, assembly: Assembly, place: Single) -> dict[str, Any]:
+def _about(options: argparse.Namespace, assembly: Assembly, place: Placement) -> dict[str, Any]:
     on_gpu = place.device.type == "cuda"
     return {
         "case": options.case,
@@ -163,7 +164,7 @@ def _about(options: argparse.Namespace, assembly: Assembly, place: Single) -> di
     }
 
 
-def _run(recipe: Recipe, assembly: Assembly, place: Single, folder: Path) -> _Run:
+def _run(recipe: Recipe, assembly: Assembly, place: Placement, folder: Path) -> _Run:
     """What `run.train` hands to the loop, with nothing to load from and nowhere to report to."""
     model = assembly.model
     optimizer, schedule = optim.build(
@@ -244,7 +245,7 @@ def _times(
     return walls_s, hosts_s, loss
 
 
-def _planned(recipe: Recipe, place: Single, *, rows: int, length: int) -> dict[str, Any]:
+def _planned(recipe: Recipe, place: Placement, *, rows: int, length: int) -> dict[str, Any]:
     """What the plan says of this batch size: peak GiB without the CUDA context, and tokens/s."""
     sized = recipe.model_copy(
         update={
@@ -268,7 +269,7 @@ def _planned(recipe: Recipe, place: Single, *, rows: int, length: int) -> dict[s
     }
 
 
-def _card(place: Single) -> Hardware | None:
+def _card(place: Placement) -> Hardware | None:
     if place.device.type != "cuda":
         return None
     try:
@@ -277,7 +278,7 @@ def _card(place: Single) -> Hardware | None:
         return None
 
 
-def _peak(place: Single) -> dict[str, float]:
+def _peak(place: Placement) -> dict[str, float]:
     memory = place.memory()
     return {
         "allocated_gib": round(memory.allocated_bytes / GIB, 2),
@@ -285,7 +286,7 @@ def _peak(place: Single) -> dict[str, float]:
     }
 
 
-def _wait(place: Single) -> None:
+def _wait(place: Placement) -> None:
     if place.device.type == "cuda":
         torch.cuda.synchronize(place.device)
 

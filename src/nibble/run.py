@@ -26,9 +26,9 @@ from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
 from nibble.optim.schedules import factor, num_warmup_steps
+from nibble.place import Group, placement
 from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained
-from nibble.place.single import Single
 from nibble.spec.advice import advise
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
@@ -67,7 +67,7 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
     cannot be done; a run that was interrupted returns, with `outcome.interrupted`.
     """
     seed_everything(recipe.train.seed)
-    place = Single(recipe.place)
+    place = placement(recipe.place, Group.from_environment(recipe.place))
     with (
         RunFolder(recipe, resume=resume) as folder,
         Report(log_every=recipe.train.log_every) as report,

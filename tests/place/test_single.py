@@ -17,7 +17,8 @@ from nibble.nn.quant import PackedWeight, QuantLinear, quantize_
 from nibble.numerics.formats import pack
 from nibble.place.activations import Activations, Recomputed
 from nibble.place.base import host_peak_bytes, out_of_memory_is_explained
-from nibble.place.single import Single, pick_device
+from nibble.place.devices import pick_device
+from nibble.place.single import Single, one_device
 from nibble.spec.config import Adapter, Place, Quant
 from nibble.spec.formats import format_spec
 
@@ -53,7 +54,7 @@ def fill(place: Single, model: nn.Module, reference: nn.Module) -> None:
 def test_a_filled_model_computes_what_the_checkpoint_does(tied: bool) -> None:
     built = tiny(tied=tied)
     reference = truth(built.config)
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     model = place.arrange(built, activations=Activations(policy="full"))
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert all(isinstance(b.forward, Recomputed) for _, b in built.family.blocks(model))
@@ -71,7 +72,7 @@ def test_weights_are_packed_on_arrival_through_adapters() -> None:
     names = quantize_(built.model, spec)
     generator = torch.Generator().manual_seed(0)
     adapt_(built.model, Adapter(kind="lora", rank=2), dtype=torch.float32, generator=generator)
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     model = place.arrange(built, activations=Activations(policy="none"))
     reference = truth(built.config)
     fill(place, model, reference)
@@ -94,7 +95,7 @@ def test_packed_weights_are_taken_verbatim_and_only_where_they_fit() -> None:
     spec = format_spec(Quant(format="nf4"))
     assert spec is not None
     quantize_(built.model, spec, keep=("down_proj",))
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     model = place.arrange(built, activations=Activations(policy="none"))
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
     packed = PackedWeight(spec=spec, tensors=pack(spec, weight))
@@ -108,7 +109,7 @@ def test_packed_weights_are_taken_verbatim_and_only_where_they_fit() -> None:
 def test_every_tensor_comes_exactly_once() -> None:
     built = tiny()
     reference = truth(built.config)
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     model = place.arrange(built, activations=Activations(policy="none"))
     norm = "model.norm.weight"
     for name, value in reference.named_parameters():
@@ -131,7 +132,7 @@ def test_every_tensor_comes_exactly_once() -> None:
 def test_values_take_the_type_of_the_model() -> None:
     built = tiny()
     built.model.to(torch.bfloat16)
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     model = place.arrange(built, activations=Activations(policy="none"))
     value = torch.randn(32, generator=torch.Generator().manual_seed(0))
     place.load(model, "model.norm.weight", value)
@@ -143,7 +144,7 @@ def test_values_take_the_type_of_the_model() -> None:
 @pytest.mark.parametrize("word", ["cuda", "cuda:0", "cuda:3"])
 def test_a_gpu_that_is_not_there_is_one_line(word: str) -> None:
     with pytest.raises(PlacementError, match=rf"place.device={word}, but .*use place.device=cpu"):
-        Single(Place(device=word))
+        one_device(Place(device=word))
     assert pick_device("auto") == torch.device("cpu")
 
 
@@ -188,7 +189,7 @@ def test_a_real_allocation_that_fails_is_explained_and_a_bug_is_not() -> None:
 
 
 def test_one_process_has_nothing_to_add() -> None:
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     value: Tensor = torch.arange(3.0)
     assert place.sum(value) is value and (place.rank, place.world) == (0, 1)
     parameter = nn.Parameter(torch.zeros(2))
@@ -218,7 +219,7 @@ def test_the_peak_of_host_memory_is_in_bytes() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_cap_is_enforced_and_explained() -> None:
-    place = Single(Place(device="cuda", vram="1GiB"))
+    place = one_device(Place(device="cuda", vram="1GiB"))
     try:
         held = torch.empty(600 << 20, dtype=torch.uint8, device=place.device)
         line = r"out of GPU memory: .* asked for, (1.00 GiB|1024.00 MiB) are allowed; use less"
@@ -231,6 +232,6 @@ def test_the_cap_is_enforced_and_explained() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, place.device)
     with pytest.raises(PlacementError, match=r"place.vram=.* but cuda:0 has"):
-        Single(Place(device="cuda", vram="4000GiB"))
+        one_device(Place(device="cuda", vram="4000GiB"))
     with pytest.raises(PlacementError, match="the last GPU is"):
-        Single(Place(device="cuda:77"))
+        one_device(Place(device="cuda:77"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nibble.data import Batch
 from nibble.nn.loss import IGNORE, causal_lm_loss
 from nibble.optim import build
-from nibble.place.single import Single
+from nibble.place.single import one_device
 from nibble.spec.config import Optim, Place
 from nibble.train.checkpoint import Checkpoints
 from nibble.train.loop import Outcome, Settings, loop
@@ -158,7 +158,7 @@ def run(state: TrainState, folder: Path, **words: Any) -> tuple[Outcome, Recorde
     settings = Settings(**{"max_steps": 6, "steps_per_epoch": 3.0, **words})
     outcome = loop(
         state,
-        place=Single(Place(device="cpu")),
+        place=one_device(Place(device="cpu")),
         settings=settings,
         report=Report([recorder]),
         checkpoints=Checkpoints(folder, keep=keep),

@@ -17,7 +17,8 @@ from torch import nn
 from nibble.data import Splits, prepare
 from nibble.errors import ConfigError, DataError
 from nibble.place.activations import Activations
-from nibble.place.single import Single
+from nibble.place.base import Placement
+from nibble.place.single import one_device
 from nibble.spec.config import Recipe
 from nibble.use import evaluate
 from nibble.use.assemble import Assembly, assemble, fill
@@ -29,7 +30,7 @@ class Ready:
     recipe: Recipe
     assembly: Assembly
     model: nn.Module
-    place: Single
+    place: Placement
     splits: Splits
 
 
@@ -38,7 +39,7 @@ def ready(kind: str, root: Path, rows: Path, **sections: Any) -> Ready:
     if not base.exists():
         small.save_model(kind, base)
     recipe = small.recipe(base, rows, root / "run", **sections)
-    place = Single(recipe.place)
+    place = one_device(recipe.place)
     made = assemble(recipe, to_train=False)
     model = fill(made, place, activations=Activations(policy="none")).eval()
     splits = prepare(

@@ -13,7 +13,7 @@ from nibble.data import Batch
 from nibble.models.family import describe
 from nibble.nn.attention import attention_name
 from nibble.nn.loss import IGNORE
-from nibble.place.single import Single
+from nibble.place.single import one_device
 from nibble.spec.config import Place
 from nibble.use.objective import held_out_loss, objective
 
@@ -171,7 +171,7 @@ def test_held_out_loss_is_a_mean_over_targets_and_leaves_no_trace() -> None:
         seen.append(module.training or torch.is_grad_enabled())
         return loss_of(module, batch)
 
-    place = Single(Place(device="cpu"))
+    place = one_device(Place(device="cpu"))
     found = held_out_loss(net, [one, two], place=place, objective=spying)
     expected = (loss_of(net, one) + loss_of(net, two)) / (one.num_targets + two.num_targets)
     assert found == pytest.approx(expected.item(), rel=1e-6)

@@ -9,7 +9,7 @@ import typer
 from nibble.cli.loading import resolve, trained_file
 from nibble.cli.progress import loading_bar
 from nibble.cli.quiet import quiet_libraries
-from nibble.place.single import Single
+from nibble.place.single import one_device
 from nibble.use.assemble import assemble
 from nibble.use.export import check_kind
 from nibble.use.export import export as write
@@ -29,7 +29,7 @@ def export(
     recipe, run = target.recipe, target.run
     check_kind(to, recipe)
     assert run is not None
-    place = Single(recipe.place)
+    place = one_device(recipe.place)
     assembly = assemble(recipe, to_train=False)
     held_out = held_out_batches(
         recipe, assembly.tokenizer, assembly.built.family, num_rows=NUM_COMPARED_ROWS

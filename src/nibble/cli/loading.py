@@ -19,7 +19,9 @@ from nibble.cli.quiet import quiet_libraries
 from nibble.errors import CheckpointError, ConfigError, WeightError
 from nibble.models.locate import locate, read_config
 from nibble.place.activations import Activations
-from nibble.place.single import Single, pick_device
+from nibble.place.base import Placement
+from nibble.place.devices import pick_device
+from nibble.place.single import one_device
 from nibble.spec.config import Adapter, Model, Precision, Quant, Recipe, Train
 from nibble.train.checkpoint import TRAINED, TRAINER, latest, load_trained
 from nibble.train.folder import RECIPE, read_recipe
@@ -60,7 +62,7 @@ class Loaded:
     target: Target
     assembly: Assembly
     model: nn.Module
-    place: Single
+    place: Placement
 
 
 def resolve(path: str, *, device: str = "auto", base: bool = False) -> Target:
@@ -182,7 +184,7 @@ def load(target: Target) -> Loaded:
     """Put the model on its device, with the newest trained tensors."""
     from nibble.cli.progress import loading_bar
 
-    place = Single(target.recipe.place)
+    place = one_device(target.recipe.place)
     assembly = assemble(target.recipe, to_train=False)
     with loading_bar("loading") as advance:
         model = fill(assembly, place, activations=Activations(policy="none"), advance=advance)

@@ -2,9 +2,6 @@
 
 Storage is made on the device at once, so that a weight goes from the checkpoint's memory map to
 where it stays with one tensor in between; packed formats are packed by the device that keeps them.
-A `vram` cap is enforced by the caching allocator: a plan that promises less than it needs fails in
-its first step and not in the fifth hour, and a large card can stand in for a small one. The CUDA
-context (some hundred MiB) lies outside of what an allocator can cap.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.data import Batch
-from nibble.errors import PlacementError, WeightError
+from nibble.errors import WeightError
 from nibble.models import Built, materialise
 from nibble.nn.adapters import locate
 from nibble.nn.quant import PackedWeight, QuantLinear
@@ -26,18 +23,18 @@ from nibble.optim import clip_grad_norm_
 from nibble.optim.shards import ShardView, whole
 from nibble.place.activations import Activations, checkpoint_
 from nibble.place.base import Memory, host_peak_bytes
+from nibble.place.devices import cap_vram, pick_device
+from nibble.place.group import Group
 from nibble.spec.config import Place
-from nibble.spec.units import parse_bytes, show_bytes
+from nibble.spec.units import parse_bytes
 
 
 class Single:
     """The placement of a run on one device."""
 
-    rank = 0
-    world = 1
-
-    def __init__(self, place: Place) -> None:
-        self.device = pick_device(place.device)
+    def __init__(self, place: Place, group: Group) -> None:
+        self.group = group
+        self.device, self.rank, self.world = group.device, group.rank, group.world
         self._unfilled: dict[int, str] = {}
         self._seen: set[str] = set()
         self._views: dict[str, ShardView] = {}
@@ -171,41 +168,6 @@ class Single:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def pick_device(word: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
-
-    Raises PlacementError for one that this machine does not have.
-    """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if word == "auto":
-        word = "cuda" if num_gpus else "cpu"
-    if word == "cpu":
-        return torch.device("cpu")
-    kind, _, index = word.partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()):
-        raise PlacementError(f"place.device={word}: take auto, cpu, cuda or cuda:N")
-    if num_gpus == 0:
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU answers"
-        raise PlacementError(f"place.device={word}, but {why}: use place.device=cpu or auto")
-    if int(index or 0) >= num_gpus:
-        raise PlacementError(
-            f"place.device={word}, but the last GPU is cuda:{num_gpus - 1}: take it or a lower one"
-        )
-    return torch.device("cuda", int(index or 0))
-
-
-def cap_vram(device: torch.device, limit_bytes: int) -> None:
-    """Let the allocator refuse more than `limit_bytes` on a GPU; a CPU has no such cap and ignores
-    it.
-
-    Raises PlacementError if the card has less.
-    """
-    if device.type != "cuda":
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    if limit_bytes > total:
-        raise PlacementError(
-            f"place.vram={show_bytes(limit_bytes)}, but {device} has {show_bytes(total)}: "
-            "lower place.vram or leave it out"
-        )
-    torch.cuda.set_per_process_memory_fraction(limit_bytes / total, device)
+def one_device(place: Place) -> Single:
+    """The placement of a command that needs one device, whatever the recipe trained on."""
+    return Single(place, Group.alone(pick_device(place.device)))

@@ -1,0 +1,70 @@
+"""Which device a word of the recipe means on this machine, and the cap on its memory.
+
+A cap is enforced by the caching allocator: a plan that promises less than it needs fails in its
+first step and not in the fifth hour, and a large card can stand in for a small one. The CUDA
+context (some hundred MiB) lies outside of what an allocator can cap.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nibble.errors import PlacementError
+from nibble.spec.units import show_bytes
+
+
+def pick_device(word: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
+
+    Raises PlacementError for one that this machine does not have.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if word == "auto":
+        word = "cuda" if num_gpus else "cpu"
+    if word == "cpu":
+        return torch.device("cpu")
+    kind, _, index = word.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise PlacementError(f"place.device={word}: take auto, cpu, cuda or cuda:N")
+    if num_gpus == 0:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU answers"
+        raise PlacementError(f"place.device={word}, but {why}: use place.device=cpu or auto")
+    if int(index or 0) >= num_gpus:
+        raise PlacementError(
+            f"place.device={word}, but the last GPU is cuda:{num_gpus - 1}: take it or a lower one"
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+def device_of_rank(word: str, *, local_rank: int, local_world: int) -> torch.device:
+    """The device of one of `local_world` processes of this machine: its own GPU, or the CPU.
+
+    Raises PlacementError when there are fewer GPUs than processes.
+    """
+    device = pick_device(word)
+    if device.type == "cpu":
+        return device
+    num_gpus = torch.cuda.device_count()
+    if local_world > num_gpus:
+        raise PlacementError(
+            f"{local_world} processes on a machine with {num_gpus} GPUs: "
+            f"start {num_gpus} (place.num_devices={num_gpus})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def cap_vram(device: torch.device, limit_bytes: int) -> None:
+    """Let the allocator refuse more than `limit_bytes` on a GPU; a CPU has no such cap and ignores
+    it.
+
+    Raises PlacementError if the card has less.
+    """
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit_bytes > total:
+        raise PlacementError(
+            f"place.vram={show_bytes(limit_bytes)}, but {device} has {show_bytes(total)}: "
+            "lower place.vram or leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(limit_bytes / total, device)

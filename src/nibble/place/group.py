@@ -1,0 +1,231 @@
+"""The processes of a run: who this one is, and how they add, share and wait.
+
+One process per device. Whoever starts them (`nibble train` itself, torchrun, accelerate, srun) says
+who is who in the environment, in torchrun's words:
+
+    RANK, WORLD_SIZE                this process among all
+    LOCAL_RANK, LOCAL_WORLD_SIZE    among those of its machine
+    MASTER_ADDR, MASTER_PORT        where the first one listens
+
+Tensors on GPUs travel through NCCL, those in host memory through gloo, which does everything where
+NCCL is absent. Sums of many small tensors are one message for each type. Everybody must ask for the
+same things in the same order; who waits longer than `place.timeout_s` for the others, or learns
+that one has gone, gets a PlacementError that names what it waited for. A world of one communicates
+with nobody and costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nibble.errors import PlacementError
+from nibble.place.devices import device_of_rank, pick_device
+from nibble.spec.config import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """This process (`rank` of `world`, `local_rank` of `local_world` on its machine), its device,
+    and its ways to the others.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    timeout_s: float = 600.0
+    _owns: bool = field(default=False, repr=False)
+    """Whether `close` ends torch's process group."""
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Group:
+        """A world of one."""
+        return cls(device=device)
+
+    @classmethod
+    def from_environment(cls, place: Place) -> Group:
+        """The group that the environment describes; alone where it describes none.
+
+        Raises PlacementError when the words contradict each other, a GPU is missing, the port is
+        taken, or the others do not come within `place.timeout_s`.
+        """
+        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+            return cls.alone(pick_device(place.device))
+        rank, world = _number("RANK"), _number("WORLD_SIZE")
+        local_rank = _number("LOCAL_RANK", default=rank)
+        local_world = _number("LOCAL_WORLD_SIZE", default=world)
+        if not (0 <= rank < world and 0 <= local_rank < local_world):
+            raise PlacementError(
+                f"RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE="
+                f"{local_world}: ranks count from 0 to below the number of processes"
+            )
+        device = device_of_rank(place.device, local_rank=local_rank, local_world=local_world)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        owns = world > 1 and not dist.is_initialized()
+        if owns:
+            _join(device, rank=rank, world=world, timeout_s=place.timeout_s)
+        return cls(
+            device=device,
+            rank=rank,
+            world=world,
+            local_rank=local_rank,
+            local_world=local_world,
+            timeout_s=place.timeout_s,
+            _owns=owns,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this process does what is done once on each machine."""
+        return self.local_rank == 0
+
+    def sum_(self, tensors: Sequence[Tensor], what: str = "a sum") -> None:
+        """Replace each tensor by its sum over all processes; one message for each type."""
+        if self.world > 1 and tensors:
+            with peers_are_named(what):
+                _coalesced(tensors, dist.all_reduce)
+
+    def max_(self, tensors: Sequence[Tensor], what: str = "a maximum") -> None:
+        """Replace each tensor by its element-wise maximum over all processes."""
+        if self.world > 1 and tensors:
+            with peers_are_named(what):
+                _coalesced(tensors, _all_reduce_max)
+
+    def broadcast_(self, tensors: Sequence[Tensor], what: str = "a broadcast") -> None:
+        """Replace each tensor by that of rank 0; one message for each type."""
+        if self.world > 1 and tensors:
+            with peers_are_named(what):
+                _coalesced(tensors, _broadcast_first)
+
+    def gather(self, value: Any, what: str = "the others' values") -> list[Any]:
+        """The `value` of each rank, in order of ranks, on every rank; small plain data."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with peers_are_named(what):
+            dist.all_gather_object(found, value)
+        return found
+
+    def share(self, value: Any, what: str = "the first process") -> Any:
+        """Rank 0's `value`, on every rank; small plain data."""
+        if self.world == 1:
+            return value
+        held = [value]
+        with peers_are_named(what):
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def barrier(self, name: str) -> None:
+        """Wait until all have come to `name`."""
+        arrived = torch.ones(())
+        self.sum_([arrived], name)
+
+    def close(self) -> None:
+        """Leave the others; nothing may be asked of the group afterwards."""
+        if self._owns and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def peers_are_named(what: str) -> Iterator[None]:
+    """Turn what the libraries say of a vanished or silent process into one PlacementError."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        reason = _what_happened(error)
+        if reason is None:
+            raise
+        raise PlacementError(
+            f"waiting for {what}: {reason}; the error of that process says why"
+        ) from error
+
+
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "connection refused", "remote process")
+_LATE = ("Timed out", "timed out", "timeout", "Timeout")
+
+
+def _what_happened(error: Exception) -> str | None:
+    """Words for a failure of communication; None for any other failure."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not any(
+        word in text for word in ("gloo", "NCCL", "Gloo", "c10d", "Socket", "socket")
+    ):
+        return None
+    if any(word.lower() in text.lower() for word in _GONE):
+        return "another process of the run has gone"
+    if any(word in text for word in _LATE):
+        return "another process of the run did not come in time (place.timeout_s)"
+    lines = text.strip().splitlines()
+    return f"communication failed ({lines[0][:200] if lines else type(error).__name__})"
+
+
+def _join(device: torch.device, *, rank: int, world: int, timeout_s: float) -> None:
+    """Meet the others and start torch's process group."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    limit = timedelta(seconds=timeout_s)
+    fast = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    try:
+        dist.init_process_group(f"cpu:gloo,cuda:{fast}", rank=rank, world_size=world, timeout=limit)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            reason = f"the port is taken: set another MASTER_PORT ({reason})"
+        raise PlacementError(
+            f"rank {rank} of {world} could not meet the others at {where} within {timeout_s:g} s: "
+            f"{reason}"
+        ) from error
+
+
+def _number(name: str, *, default: int | None = None) -> int:
+    """An integer of the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise PlacementError(
+            f"the environment has {name}={text}: RANK and WORLD_SIZE go together and are integers, "
+            "as torchrun sets them"
+        ) from None
+
+
+def _all_reduce_max(tensor: Tensor) -> None:
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
+def _broadcast_first(tensor: Tensor) -> None:
+    dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def _coalesced(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
+    """Communicate tensors in one message for each type and device; copied only if it must be."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    for same in kinds.values():
+        if len(same) == 1 and same[0].is_contiguous():
+            communicate(same[0])
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        communicate(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in same])
+        for tensor, part in zip(same, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
