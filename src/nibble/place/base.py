@@ -102,8 +102,12 @@ class Placement(Protocol):
         """The sum over all processes."""
         ...
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def during(self, what: str) -> AbstractContextManager[None]:
+        """Names what this process is at, for the error when another one goes."""
+        ...
+
+    def barrier(self, name: str = "the others") -> None:
+        """Wait for all processes; `name` says in an error what they did not come to."""
         ...
 
     def memory(self) -> Memory:

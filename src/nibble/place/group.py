@@ -10,8 +10,8 @@ who is who in the environment, in torchrun's words:
 Tensors on GPUs travel through NCCL, those in host memory through gloo, which does everything where
 NCCL is absent. Sums of many small tensors are one message for each type. Everybody must ask for the
 same things in the same order; who waits longer than `place.timeout_s` for the others, or learns
-that one has gone, gets a PlacementError that names what it waited for. A world of one communicates
-with nobody and costs nothing.
+that one has gone (watch.py), gets a PlacementError that names what it waited for. A world of one
+communicates with nobody and costs nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nibble.errors import PlacementError
+from nibble.errors import NibbleError, PlacementError
 from nibble.place.devices import device_of_rank, pick_device
+from nibble.place.watch import Watch
 from nibble.spec.config import Place
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Group:
     timeout_s: float = 600.0
     _owns: bool = field(default=False, repr=False)
     """Whether `close` ends torch's process group."""
+    _watch: Watch | None = field(default=None, repr=False)
 
     @classmethod
     def alone(cls, device: torch.device) -> Group:
@@ -83,6 +88,7 @@ class Group:
             local_world=local_world,
             timeout_s=place.timeout_s,
             _owns=owns,
+            _watch=Watch(rank=rank, world=world, timeout_s=place.timeout_s) if owns else None,
         )
 
     @property
@@ -98,27 +104,44 @@ class Group:
     def sum_(self, tensors: Sequence[Tensor], what: str = "a sum") -> None:
         """Replace each tensor by its sum over all processes; one message for each type."""
         if self.world > 1 and tensors:
-            with peers_are_named(what):
+            with self.during(what):
                 _coalesced(tensors, dist.all_reduce)
 
     def max_(self, tensors: Sequence[Tensor], what: str = "a maximum") -> None:
         """Replace each tensor by its element-wise maximum over all processes."""
         if self.world > 1 and tensors:
-            with peers_are_named(what):
+            with self.during(what):
                 _coalesced(tensors, _all_reduce_max)
 
     def broadcast_(self, tensors: Sequence[Tensor], what: str = "a broadcast") -> None:
         """Replace each tensor by that of rank 0; one message for each type."""
         if self.world > 1 and tensors:
-            with peers_are_named(what):
+            with self.during(what):
                 _coalesced(tensors, _broadcast_first)
+
+    def begin_sum_(self, tensor: Tensor, what: str = "a sum") -> Callable[[], None]:
+        """Start to replace a contiguous tensor by its sum; call what is returned to wait for it.
+
+        On a GPU waiting holds back the present stream and not the host.
+        """
+        if self.world == 1:
+            return _done
+        with self.during(what):
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            assert work is not None
+            with self.during(what):
+                work.wait()
+
+        return wait
 
     def gather(self, value: Any, what: str = "the others' values") -> list[Any]:
         """The `value` of each rank, in order of ranks, on every rank; small plain data."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        with peers_are_named(what):
+        with self.during(what):
             dist.all_gather_object(found, value)
         return found
 
@@ -127,7 +150,7 @@ class Group:
         if self.world == 1:
             return value
         held = [value]
-        with peers_are_named(what):
+        with self.during(what):
             dist.broadcast_object_list(held, src=0)
         return held[0]
 
@@ -136,26 +159,69 @@ class Group:
         arrived = torch.ones(())
         self.sum_([arrived], name)
 
+    def first_does(self, name: str, action: Callable[[], T]) -> T | None:
+        """Let rank 0 do something while the others wait, however long it takes; None there."""
+        if self.world == 1:
+            return action()
+        assert self._watch is not None, "a group from the environment"
+        if self.is_first:
+            done = action()
+            self._watch.announce(f"done {name}", "")
+            return done
+        self._watch.doing = name
+        self._watch.await_(f"done {name}")
+        return None
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Turn what the libraries say of a vanished or silent process into one PlacementError that
+        names `what` this process was at.
+        """
+        watch = self._watch
+        if watch is not None:
+            watch.doing = what
+        try:
+            yield
+        except PlacementError:
+            raise
+        except (dist.DistError, RuntimeError) as error:
+            reason = _what_happened(error)
+            if self.world == 1 or reason is None:
+                raise
+            words = None if watch is None else watch.words(WORDS_S)
+            raise PlacementError(f"{words or reason} (rank {self.rank} was at {what})") from error
+
     def close(self) -> None:
-        """Leave the others; nothing may be asked of the group afterwards."""
+        """Leave the others, who leave as well; nothing may be asked of the group afterwards."""
+        if self._watch is not None:
+            self._watch.stop()
         if self._owns and dist.is_initialized():
+            self.barrier("the end of the run")
             dist.destroy_process_group()
 
+    def __enter__(self) -> Group:
+        """Itself."""
+        return self
 
-@contextmanager
-def peers_are_named(what: str) -> Iterator[None]:
-    """Turn what the libraries say of a vanished or silent process into one PlacementError."""
-    try:
-        yield
-    except (dist.DistError, RuntimeError) as error:
-        reason = _what_happened(error)
-        if reason is None:
-            raise
-        raise PlacementError(
-            f"waiting for {what}: {reason}; the error of that process says why"
-        ) from error
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave in order, or let the others know why this process cannot go on."""
+        if error is None:
+            self.close()
+        elif self._watch is not None:
+            # What is under way is not waited for: the others may never answer.
+            lines = str(error).strip().splitlines()
+            said = lines[0] if lines else ""
+            name = "" if isinstance(error, NibbleError) else f"{type(error).__name__}: "
+            self._watch.say(f"{name}{said}")
 
 
+WORDS_S = 4.0
+"""How long a broken connection waits for the reason."""
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "connection refused", "remote process")
 _LATE = ("Timed out", "timed out", "timeout", "Timeout")
 
@@ -206,6 +272,10 @@ def _number(name: str, *, default: int | None = None) -> int:
         ) from None
 
 
+def _done() -> None:
+    """There was nothing to wait for."""
+
+
 def _all_reduce_max(tensor: Tensor) -> None:
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
 
@@ -214,13 +284,20 @@ def _broadcast_first(tensor: Tensor) -> None:
     dist.broadcast(tensor, src=0)
 
 
+MESSAGE_BYTES = 64 << 20
+"""Small tensors are put together up to about this size."""
+
+
 @torch.no_grad()
 def _coalesced(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
-    """Communicate tensors in one message for each type and device; copied only if it must be."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    """Communicate tensors in as few messages as types and sizes allow; large ones uncopied."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
     for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for same in kinds.values():
+        messages = kinds.setdefault((tensor.dtype, tensor.device), [[]])
+        if sum(t.nbytes for t in messages[-1]) + tensor.nbytes > MESSAGE_BYTES:
+            messages.append([])
+        messages[-1].append(tensor.detach())
+    for same in (message for messages in kinds.values() for message in messages if message):
         if len(same) == 1 and same[0].is_contiguous():
             communicate(same[0])
             continue

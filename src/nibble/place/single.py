@@ -1,4 +1,9 @@
-"""One process, one device.
+"""A whole copy on each device: one process alone, or several that add their gradients.
+
+With several (`ddp`) every process computes its own share of a step's rows; the sum of gradients is
+formed while backward still runs (reduce.py) and every process makes the same update. Before the
+first step all take the trained parameters of rank 0. A world of one is the same code without
+anybody to talk to.
 
 Storage is made on the device at once, so that a weight goes from the checkpoint's memory map to
 where it stays with one tensor in between; packed formats are packed by the device that keeps them.
@@ -25,12 +30,13 @@ from nibble.place.activations import Activations, checkpoint_
 from nibble.place.base import Memory, host_peak_bytes
 from nibble.place.devices import cap_vram, pick_device
 from nibble.place.group import Group
+from nibble.place.reduce import Reducer, agree_
 from nibble.spec.config import Place
 from nibble.spec.units import parse_bytes
 
 
 class Single:
-    """The placement of a run on one device."""
+    """The placement of a whole copy on this process's device."""
 
     def __init__(self, place: Place, group: Group) -> None:
         self.group = group
@@ -38,6 +44,9 @@ class Single:
         self._unfilled: dict[int, str] = {}
         self._seen: set[str] = set()
         self._views: dict[str, ShardView] = {}
+        self._trained: dict[str, nn.Parameter] = {}
+        self.reducer: Reducer | None = None
+        """What adds gradients over the processes, from the first step on."""
         if place.vram is not None:
             cap_vram(self.device, parse_bytes(place.vram))
 
@@ -114,6 +123,7 @@ class Single:
         """The parameters that learn, by name; tied ones once."""
         found = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._views = {name: whole(parameter) for name, parameter in found.items()}
+        self._trained = found
         return found
 
     def view(self, name: str) -> ShardView:
@@ -132,9 +142,14 @@ class Single:
         return dataclasses.replace(batch, **moved)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Nothing to hold back: gradients add up where they are."""
-        del last
-        return nullcontext()
+        """Gradients add up where they are; over the processes after the last pass of a step."""
+        if self.world == 1:
+            return nullcontext()
+        if self.reducer is None:
+            # Not before: the weights are loaded and the optimiser has placed its hooks by now.
+            agree_(self._trained, self.group)
+            self.reducer = Reducer(self._trained, self.group)
+        return self.reducer.micro_batch(last=last)
 
     def clip_(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
         """Scale the gradients to a global norm of at most `max_norm`; returns the norm before,
@@ -143,14 +158,26 @@ class Single:
         return clip_grad_norm_(parameters, max_norm=max_norm)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor: there is one process."""
-        return tensor
+        """The sum over all processes."""
+        if self.world == 1:
+            return tensor
+        total = tensor.clone()
+        self.group.sum_([total])
+        return total
 
-    def barrier(self) -> None:
-        """Nobody to wait for."""
+    def during(self, what: str) -> AbstractContextManager[None]:
+        """Names what this process is at, for the error when another one goes."""
+        return self.group.during(what)
+
+    def barrier(self, name: str = "the others") -> None:
+        """Wait for all processes."""
+        self.group.barrier(name)
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Take the hooks off; nothing outlives the process."""
+        if self.reducer is not None:
+            self.reducer.close()
+            self.reducer = None
 
     def memory(self) -> Memory:
         """Peaks of this process since the last reset (the host's since its start)."""
