@@ -294,8 +294,13 @@ def _load(
         )
     if recipe.adapter.path is not None:
         load_adapter(model, Path(recipe.adapter.path))
+    trained = place.trained(model)
     optimizer, schedule = optim.build(
-        model, recipe.optim, total_steps=max_steps, seed=recipe.train.seed
+        trained,
+        recipe.optim,
+        total_steps=max_steps,
+        seed=recipe.train.seed,
+        views={name: place.view(name) for name in trained},
     )
     fp16 = recipe.train.precision == "fp16"
     state = TrainState(

@@ -32,7 +32,7 @@ def names_of(model: nn.Module, params: list[nn.Parameter]) -> set[str]:
 
 def test_biases_and_norms_are_not_decayed() -> None:
     model = Model()
-    optimizer, _ = build(model, Optim(weight_decay=0.1), total_steps=10)
+    optimizer, _ = build(dict(model.named_parameters()), Optim(weight_decay=0.1), total_steps=10)
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decay == {"biases": 0.0, "vectors": 0.0, "matrices": 0.1}
     found = {group["name"]: names_of(model, group["params"]) for group in optimizer.param_groups}
@@ -62,7 +62,7 @@ def test_first_match_wins_and_no_match_is_an_error() -> None:
 def test_every_recipe_name_builds_trains_and_is_summarised(name: str) -> None:
     model = Model()
     optim = Optim(name=name, learning_rate=1e-2, warmup_steps=1, momentum=0.5)
-    optimizer, schedule = build(model, optim, total_steps=3)
+    optimizer, schedule = build(dict(model.named_parameters()), optim, total_steps=3)
     assert schedule.get_last_lr() == [0.0] * 3
     before = model.proj.weight.detach().clone()
     for _ in range(2):
@@ -84,12 +84,12 @@ def test_every_recipe_name_builds_trains_and_is_summarised(name: str) -> None:
 
 
 def test_sgd_without_momentum_keeps_no_state() -> None:
-    optimizer, _ = build(Model(), Optim(name="sgd"), total_steps=3)
+    optimizer, _ = build(dict(Model().named_parameters()), Optim(name="sgd"), total_steps=3)
     assert all(line.state_nbytes == 0 for line in summarise(optimizer))
 
 
 def test_nothing_to_train_and_too_long_a_warm_up() -> None:
     with pytest.raises(ConfigError, match="no trainable parameter"):
-        build(Model().requires_grad_(False), Optim(), total_steps=3)
+        build(dict(Model().requires_grad_(False).named_parameters()), Optim(), total_steps=3)
     with pytest.raises(ConfigError, match="warm-up of 4 steps is longer than the run of 3"):
-        build(Model(), Optim(warmup_steps=4), total_steps=3)
+        build(dict(Model().named_parameters()), Optim(warmup_steps=4), total_steps=3)

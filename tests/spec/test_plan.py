@@ -209,7 +209,7 @@ def test_optimiser_state_is_priced_to_the_byte(optim: dict[str, Any]) -> None:
     r = recipe(optim=optim, train={"precision": "fp32"})
     stock = inventory(r, from_config({"model_type": "llama", **words}))
     model = meta_model("llama", words).float().to_empty(device="cpu")
-    built = build(model, r.optim, total_steps=2)
+    built = build(dict(model.named_parameters()), r.optim, total_steps=2)
     optimizer = built[0] if isinstance(built, tuple) else built
     for parameter in model.parameters():
         nn.init.zeros_(parameter)

@@ -140,7 +140,7 @@ def make_state(
     torch.manual_seed(seed)
     model = TinyModel(dropout)
     words = optim or Optim(learning_rate=1e-2, weight_decay=0.01, warmup_steps=2)
-    optimizer, schedule = build(model, words, total_steps=total_steps)
+    optimizer, schedule = build(dict(model.named_parameters()), words, total_steps=total_steps)
     return TrainState(
         model=model,
         optimizer=optimizer,

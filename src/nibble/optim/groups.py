@@ -21,6 +21,7 @@ from torch import nn
 from nibble.errors import ConfigError
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule, num_warmup_steps
+from nibble.optim.shards import ShardView
 from nibble.spec.config import Optim
 from nibble.spec.lowrank import low_rank_of
 from nibble.spec.state import optimizer_nbytes, rule_and_codec
@@ -129,14 +130,20 @@ def group_parameters(
 
 
 def build(
-    model: nn.Module, optim: Optim, *, total_steps: int, seed: int = 0
+    params: Mapping[str, nn.Parameter],
+    optim: Optim,
+    *,
+    total_steps: int,
+    seed: int = 0,
+    views: Mapping[str, ShardView] | None = None,
 ) -> tuple[Optimizer, Schedule]:
-    """Optimiser and schedule for the trainable parameters of `model`.
+    """Optimiser and schedule for the trainable ones of the named parameters.
 
-    `total_steps` counts updates; `seed` is of stochastic rounding, which bf16 weights always get.
+    `views`: which part of each lives here, where not all of it does. `total_steps` counts updates; `seed` is of stochastic rounding, which bf16 weights always get.
     Raises ConfigError if nothing is trainable or the warm-up is longer than the run.
     """
-    groups = group_parameters(model.named_parameters())
+    del views  # every rule so far is asked for whole tensors
+    groups = group_parameters(params.items())
     if not groups:
         raise ConfigError(
             "the model has no trainable parameter: choose an adapter, or train an unquantised base"
