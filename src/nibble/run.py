@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,23 +22,20 @@ from torch import nn
 
 from nibble import optim
 from nibble.data import Loader, Splits, one_pass, prepare
-from nibble.errors import ConfigError, PlanError
+from nibble.errors import ConfigError, DataError
 from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
 from nibble.optim.schedules import factor, num_warmup_steps
 from nibble.place import Group, placement
 from nibble.place.activations import Activations
-from nibble.place.base import Memory, Placement, out_of_memory_is_explained
-from nibble.spec.advice import advise
-from nibble.spec.arch import architecture
+from nibble.place.base import Memory, Placement, out_of_memory_is_explained, peak_memory
 from nibble.spec.config import Recipe
-from nibble.spec.hardware import Hardware, hardware
-from nibble.spec.plan import CUDA_CONTEXT_BYTES, Plan, plan
-from nibble.spec.units import show_bytes
+from nibble.spec.plan import Plan
 from nibble.train.checkpoint import Checkpoints
-from nibble.train.folder import RunFolder, gather_versions, write_text
+from nibble.train.folder import RunFolder, gather_versions
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
+from nibble.train.planned import advice, plan_run, to_text
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
 from nibble.train.sinks import SinkContext, make_sinks
@@ -63,25 +61,40 @@ class RunResult:
 def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None) -> RunResult:
     """Train as the recipe says, or go on with the run in its folder.
 
+    One of several processes does its share: they find each other in the environment
+    (place/group.py), and the first one writes the folder and shows progress.
     `stream`: where progress is shown (default: standard output). Raises a NibbleError for whatever
     cannot be done; a run that was interrupted returns, with `outcome.interrupted`.
     """
-    seed_everything(recipe.train.seed)
-    place = placement(recipe.place, Group.from_environment(recipe.place))
     with (
-        RunFolder(recipe, resume=resume) as folder,
+        Group.from_environment(recipe.place) as group,
+        closing(placement(recipe.place, group)) as place,
+    ):
+        return _train(recipe, place, group, resume=resume, stream=stream)
+
+
+def _train(
+    recipe: Recipe, place: Placement, group: Group, *, resume: bool, stream: IO[str] | None
+) -> RunResult:
+    # Each process drops other activations; all else that is random has generators of its own.
+    seed_everything(recipe.train.seed + group.rank)
+    with (
+        RunFolder(recipe, resume=resume, group=group) as folder,
         Report(log_every=recipe.train.log_every) as report,
     ):
         versions = gather_versions(seed=recipe.train.seed)
         folder.write_versions(versions)
-        for sink in make_sinks(recipe.report.sinks, _sink_context(recipe, folder), stream=stream):
-            report.add(sink)
-        assembly, splits = _model_and_data(recipe, report)
+        if group.is_first:
+            for sink in make_sinks(
+                recipe.report.sinks, _sink_context(recipe, folder), stream=stream
+            ):
+                report.add(sink)
+        assembly, splits = _model_and_data(recipe, group, report)
         recipe = assembly.recipe
         folder.write_recipe(recipe)
-        write_text(folder.path / DATA, _data_text(splits))
-        planned = _plan(assembly, place, report)
-        with out_of_memory_is_explained(_advice(planned, place)):
+        folder.write(DATA, _data_text(splits))
+        planned = plan_run(assembly, place, group, note=report.note)
+        with out_of_memory_is_explained(advice(planned, place)):
             state, settings = _load(assembly, splits, place, report)
             checkpoints = Checkpoints(
                 folder.path,
@@ -104,15 +117,10 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
                 report=report,
                 checkpoints=checkpoints,
                 evaluate=_evaluation(assembly, splits, state.model, place, loss),
-                profiler=Profiler(
-                    recipe.train.profile,
-                    folder=folder.path / "profile",
-                    device=place.device,
-                    note=report.note,
-                ),
+                profiler=_profiler(recipe, folder, place, report),
             )
-        memory = place.memory()
-        _record(folder.path / PLAN, planned, memory)
+        memory = peak_memory(place)
+        folder.write(PLAN, to_text(planned, memory))
         if outcome.interrupted:
             report.note(
                 f"stopped after step {outcome.step} of {settings.max_steps}; go on with: "
@@ -127,6 +135,16 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
     )
 
 
+def _profiler(recipe: Recipe, folder: RunFolder, place: Placement, report: Report) -> Profiler:
+    """The profiler of the first process; the others are not profiled."""
+    return Profiler(
+        recipe.train.profile if place.rank == 0 else None,
+        folder=folder.path / "profile",
+        device=place.device,
+        note=report.note,
+    )
+
+
 def _sink_context(recipe: Recipe, folder: RunFolder) -> SinkContext:
     last = folder.resumed_from
     return SinkContext(
@@ -138,11 +156,11 @@ def _sink_context(recipe: Recipe, folder: RunFolder) -> SinkContext:
     )
 
 
-def _model_and_data(recipe: Recipe, report: Report) -> tuple[Assembly, Splits]:
+def _model_and_data(recipe: Recipe, group: Group, report: Report) -> tuple[Assembly, Splits]:
     """The model on meta and the rows. A classifier's head is as wide as the data has labels, so
     there the data come first; elsewhere the family says first whether rows may be packed."""
     if recipe.model.task == "classification":
-        splits = _prepare(recipe, load_tokenizer(recipe.model), can_pack=False, report=report)
+        splits = _prepare(recipe, load_tokenizer(recipe.model), group, report, can_pack=False)
         resolved = recipe.model.model_copy(update={"num_labels": splits.num_labels})
         with report.phase("build the model"):
             assembly = assemble(recipe.model_copy(update={"model": resolved}))
@@ -151,7 +169,7 @@ def _model_and_data(recipe: Recipe, report: Report) -> tuple[Assembly, Splits]:
         with report.phase("build the model"):
             assembly = assemble(recipe)
         can_pack = assembly.built.family.can_pack
-        splits = _prepare(recipe, assembly.tokenizer, can_pack=can_pack, report=report)
+        splits = _prepare(recipe, assembly.tokenizer, group, report, can_pack=can_pack)
     _check_positions(assembly, splits)
     if (
         recipe.data.packing
@@ -171,19 +189,35 @@ def _summary(assembly: Assembly) -> AdapterSummary:
     return assembly.summary
 
 
-def _prepare(recipe: Recipe, tokenizer: object, *, can_pack: bool, report: Report) -> Splits:
+def _prepare(
+    recipe: Recipe, tokenizer: object, group: Group, report: Report, *, can_pack: bool
+) -> Splits:
+    """The rows: the first process tokenises and keeps them on the disk, the others read them.
+
+    Raises DataError when the processes see different data.
+    """
     with report.phase("tokenise") as phase:
-        splits = prepare(
-            recipe.data,
-            tokenizer,
-            task=recipe.model.task,
-            seed=recipe.train.seed,
-            can_pack=can_pack,
-            num_labels=recipe.model.num_labels,
-            progress=lambda name, done, total: phase.at(done, total, name),
+        splits = group.first_then_others(
+            "the tokenised data",
+            lambda: prepare(
+                recipe.data,
+                tokenizer,
+                task=recipe.model.task,
+                seed=recipe.train.seed,
+                can_pack=can_pack,
+                num_labels=recipe.model.num_labels,
+                progress=lambda name, done, total: phase.at(done, total, name),
+            ),
         )
     for line in splits.report.lines():
         report.note(line)
+    sizes = (len(splits.train), int(splits.train.lengths.sum()), splits.num_labels)
+    for rank, found in enumerate(group.gather(sizes, "the tokenised data")):
+        if found != sizes:
+            raise DataError(
+                f"rank {group.rank} has {sizes[0]} rows of {sizes[1]} tokens, rank {rank} has "
+                f"{found[0]} of {found[1]}: every machine needs the same data and tokenizer"
+            )
     return splits
 
 
@@ -219,51 +253,6 @@ def _data_text(splits: Splits) -> str:
         "question_prompt": splits.question_prompt,
     }
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
-
-
-def _plan(assembly: Assembly, place: Placement, report: Report) -> Plan | None:
-    """The plan, checked against the card; None where the planner does not know the shape."""
-    recipe = assembly.recipe
-    local = recipe.model.model_copy(update={"path": str(assembly.built.path), "revision": None})
-    try:
-        shape = architecture(local)
-    except PlanError as error:
-        report.note(f"not planned: {error}")
-        return None
-    on_cpu = place.device.type == "cpu"
-    made = plan(recipe, architecture=shape, hardware=_card(place), on_cpu=on_cpu)
-    made.check(_limit_bytes(made, place))
-    return made
-
-
-def _card(place: Placement) -> Hardware | None:
-    if place.device.type != "cuda":
-        return None
-    try:
-        return hardware(torch.cuda.get_device_name(place.device))
-    except ConfigError:
-        return None
-
-
-def _limit_bytes(planned: Plan, place: Placement) -> int | None:
-    """What the plan says, but never more than the card has."""
-    limit = planned.limit()
-    if place.device.type != "cuda":
-        return limit
-    there = torch.cuda.get_device_properties(place.device).total_memory
-    return there if limit is None else min(limit, there)
-
-
-def _advice(planned: Plan | None, place: Placement) -> str:
-    """What to do when memory runs out although the plan said that it would do."""
-    if planned is None:
-        return "try a smaller train.micro_batch_size or data.max_length"
-    needed = planned.host_bytes if planned.on_cpu else planned.allocator_bytes
-    limit = _limit_bytes(planned, place)
-    aim = (needed + CUDA_CONTEXT_BYTES if limit is None else limit) * 85 // 100
-    changes = " or ".join(change.words for change in advise(planned, aim))
-    said = f"the plan said {show_bytes(needed)}"
-    return f"{said}; try {changes or 'a smaller data.max_length'}"
 
 
 def _load(
@@ -371,14 +360,3 @@ def _write_model(assembly: Assembly, model: nn.Module) -> Callable[[Path], None]
         adapter=recipe.adapter,
         task=recipe.model.task,
     )
-
-
-def _record(path: Path, planned: Plan | None, memory: Memory) -> None:
-    """Planned against measured."""
-    told = {} if planned is None else planned.to_json()
-    told["measured"] = {
-        "reserved_bytes": memory.reserved_bytes,
-        "allocated_bytes": memory.allocated_bytes,
-        "host_bytes": memory.host_bytes,
-    }
-    write_text(path, json.dumps(told, indent=1) + "\n")

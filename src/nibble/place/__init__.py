@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from nibble.errors import PlacementError
 from nibble.place.base import Placement
 from nibble.place.group import Group
-from nibble.spec.config import Place
+from nibble.spec.config import Place, Recipe
 
-__all__ = ["PLACEMENTS", "Group", "Placement", "placement"]
+__all__ = ["PLACEMENTS", "Group", "Placement", "placement", "resolved"]
 
 PLACEMENTS: dict[str, tuple[str, str]] = {
     "single": ("nibble.place.single", "Single"),
@@ -21,16 +22,33 @@ PLACEMENTS: dict[str, tuple[str, str]] = {
 }
 """Kind: module and class; imported when asked for. Each takes (place, group)."""
 
+ONE_PROCESS = ("single", "dp")
 
-def resolve(place: Place, world: int) -> str:
-    """What `auto` means in a world of this size."""
-    if place.kind != "auto":
-        return place.kind
-    return "single" if world == 1 else "ddp"
+
+def resolved(recipe: Recipe, group: Group) -> Recipe:
+    """The recipe with the placement that `auto` means in this group."""
+    place = recipe.place.model_copy(update={"kind": _kind(recipe.place, group)})
+    return recipe.model_copy(update={"place": place})
 
 
 def placement(place: Place, group: Group) -> Placement:
-    """The placement that the recipe names, for this process."""
-    module, name = PLACEMENTS[resolve(place, group.world)]
+    """The placement that the recipe names, for this process.
+
+    Raises PlacementError for one that cannot be had with so many processes.
+    """
+    kind = _kind(place, group)
+    if kind in ONE_PROCESS and group.world > 1:
+        raise PlacementError(
+            f"place.kind={kind} is one process, but {group.world} were started: "
+            "use place.kind=ddp, fsdp or stream, or start one"
+        )
+    module, name = PLACEMENTS[kind]
     make: Callable[[Place, Group], Placement] = getattr(import_module(module), name)
     return make(place, group)
+
+
+def _kind(place: Place, group: Group) -> str:
+    """What `auto` means: a copy on each device."""
+    if place.kind != "auto":
+        return place.kind
+    return "single" if group.world == 1 else "ddp"

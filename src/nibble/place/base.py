@@ -123,6 +123,19 @@ class Placement(Protocol):
         ...
 
 
+def peak_memory(place: Placement) -> Memory:
+    """The most that any process of the run has had of each kind; all must ask together."""
+    mine = place.memory()
+    if place.world == 1:
+        return mine
+    table = torch.zeros(place.world, 3, dtype=torch.int64)
+    table[place.rank] = torch.tensor(
+        [mine.allocated_bytes, mine.reserved_bytes, mine.host_bytes], dtype=torch.int64
+    )
+    allocated, reserved, host = place.sum(table).amax(0).tolist()
+    return Memory(allocated_bytes=allocated, reserved_bytes=reserved, host_bytes=host)
+
+
 @contextmanager
 def out_of_memory_is_explained(advice: str) -> Iterator[None]:
     """Turn an allocator's failure into one line with the plan's advice; done here alone."""

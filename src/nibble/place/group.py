@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -161,16 +161,22 @@ class Group:
 
     def first_does(self, name: str, action: Callable[[], T]) -> T | None:
         """Let rank 0 do something while the others wait, however long it takes; None there."""
-        if self.world == 1:
-            return action()
-        assert self._watch is not None, "a group from the environment"
         if self.is_first:
             done = action()
-            self._watch.announce(f"done {name}", "")
+            if self._watch is not None:
+                self._watch.announce()
             return done
-        self._watch.doing = name
-        self._watch.await_(f"done {name}")
+        assert self._watch is not None, "a group from the environment"
+        with self.during(name):
+            self._watch.await_first()
         return None
+
+    def first_then_others(self, name: str, action: Callable[[], T]) -> T:
+        """Let all do something, rank 0 before the others: it fills a cache that they then read."""
+        done = self.first_does(name, action)
+        if self.is_first:
+            return cast("T", done)
+        return action()
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
@@ -178,18 +184,21 @@ class Group:
         names `what` this process was at.
         """
         watch = self._watch
+        before = "" if watch is None else watch.doing
+        at = f"{before}: {what}" if before else what
         if watch is not None:
-            watch.doing = what
+            watch.doing = at
         try:
             yield
-        except PlacementError:
-            raise
         except (dist.DistError, RuntimeError) as error:
             reason = _what_happened(error)
             if self.world == 1 or reason is None:
                 raise
             words = None if watch is None else watch.words(WORDS_S)
-            raise PlacementError(f"{words or reason} (rank {self.rank} was at {what})") from error
+            raise PlacementError(f"{words or reason} (rank {self.rank} was at {at})") from error
+        finally:
+            if watch is not None:
+                watch.doing = before
 
     def close(self) -> None:
         """Leave the others, who leave as well; nothing may be asked of the group afterwards."""

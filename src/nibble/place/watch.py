@@ -37,7 +37,8 @@ class Watch:
         self._words: str | None = None
         self._told = threading.Event()
         self._ended = threading.Event()
-        self.doing = "the start"
+        self._turn = 0
+        self.doing = ""
         """What this process is at, for the line that ends it."""
         self._thread = threading.Thread(target=self._look, name="nibble-watch", daemon=True)
         self._thread.start()
@@ -62,18 +63,20 @@ class Watch:
         except (dist.DistError, RuntimeError):
             return  # the store's own process has gone: there is nobody to tell
 
-    def announce(self, key: str, value: str) -> None:
-        """Let `await_` on the other processes return `value`."""
-        self._store.set(key, value)
+    def announce(self) -> None:
+        """Let the others' next `await_first` return."""
+        self._turn += 1
+        self._store.set(f"turn-{self._turn}", "")
 
-    def await_(self, key: str) -> str:
-        """Wait, however long it takes, until `key` is announced; PlacementError when the run has
-        ended.
+    def await_first(self) -> None:
+        """Wait for the next `announce` of rank 0, however long it takes; PlacementError when the
+        run has ended.
         """
+        self._turn += 1
         while True:
             try:
-                if self._store.check([key]):
-                    return self._store.get(key).decode()
+                if self._store.check([f"turn-{self._turn}"]):
+                    return
             except (dist.DistError, RuntimeError):
                 raise PlacementError(
                     self.words(PULSE_S * 3) or "the first process of the run has gone"
@@ -106,7 +109,9 @@ class Watch:
             if not self._ended.is_set():
                 self._end("the first process of the run has gone")
         if self._words is not None and not self._ended.wait(GRACE_S):
-            line = f"error: {self._words} (rank {self._rank} waited in {self.doing})\n"
+            line = (
+                f"error: {self._words} (rank {self._rank} was at {self.doing or 'its own work'})\n"
+            )
             os.write(2, line.encode())
             os._exit(1)
 

@@ -7,7 +7,7 @@ it.
 A folder that holds steps of a run is never written over: one resumes it or names another. Resuming
 compares the stored recipe with the given one field by field; a field that would make the rest of
 the run another run is refused by name. The lock is the operating system's (flock), so it ends with
-the process that holds it, however that ends.
+the process that holds it, however that ends. Of several processes only the first one writes here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from nibble.errors import CheckpointError
+from nibble.place.group import Group
 from nibble.spec.config import Recipe
 from nibble.spec.load import dump_recipe, recipe_dict
 from nibble.train.checkpoint import all_checkpoints, latest
@@ -55,13 +56,24 @@ and memory against time.
 class RunFolder:
     """A locked run folder; a context manager that gives the lock back."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
-        """Make or open `recipe.output_dir`.
+    def __init__(self, recipe: Recipe, *, resume: bool = False, group: Group | None = None) -> None:
+        """Make or open `recipe.output_dir`; the first process of a group does, for all.
 
         Raises CheckpointError for a folder in use, one that holds a run when not resuming, one
         without a run when resuming, and a recipe that differs from the stored one where it matters.
         """
         self.path = Path(recipe.output_dir)
+        self._lock: IO[str] | None = None
+        self._writes = group is None or group.is_first
+        self.resumed_from: Path | None = None
+        if group is None:
+            self._open(recipe, resume=resume)
+        else:
+            name = "the run folder"
+            group.first_does(name, lambda: self._open(recipe, resume=resume))
+            self.resumed_from = group.share(self.resumed_from, name)
+
+    def _open(self, recipe: Recipe, *, resume: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
@@ -103,13 +115,18 @@ class RunFolder:
                 "resume with the old value, or start anew in another output_dir"
             )
 
+    def write(self, name: str, text: str) -> None:
+        """Replace a small file of the folder; the first process does."""
+        if self._writes:
+            write_text(self.path / name, text)
+
     def write_recipe(self, recipe: Recipe) -> None:
         """Store the recipe again, with what the data have settled since."""
-        write_text(self.path / RECIPE, dump_recipe(recipe))
+        self.write(RECIPE, dump_recipe(recipe))
 
     def write_versions(self, versions: Mapping[str, Any]) -> None:
         """Store what computes the run."""
-        write_text(self.path / VERSIONS, json.dumps(dict(versions), indent=1) + "\n")
+        self.write(VERSIONS, json.dumps(dict(versions), indent=1) + "\n")
 
     def __enter__(self) -> RunFolder:
         """The folder."""
@@ -122,7 +139,8 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         """Give the lock back."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def holds_a_run(path: Path) -> bool:

@@ -11,6 +11,11 @@ Around it: held-out loss before the first step, every `eval_every` and after the
 every `save_every`, at the end and when interrupted. The host reads from the device once a logged
 step (fp16 once a step, to know whether to skip it). A loss or gradient that is not finite ends the
 run before anything is saved, so the last checkpoint on the disk is a good one.
+
+With several processes each step begins with one message between the hosts: targets and tokens of
+the step, and whether somebody was asked to stop. So all divide by the same number, and all stop
+after the same step. The loss is summed on the devices, so every process sees the same one and comes
+to the same end by itself.
 """
 
 from __future__ import annotations
@@ -90,7 +95,7 @@ def loop(
         after, path = before, checkpoints.latest()
         state.model.train()
         steps = iter(state.loader)
-        while state.step < settings.max_steps and not interrupt.requested:
+        while state.step < settings.max_steps and not run.stopping:
             profile.before(state.step + 1)
             run.meter.start()
             run.meter.stop(run.step(next(steps)))
@@ -102,12 +107,12 @@ def loop(
                 after = run.evaluate_now()
             if last or _due(state.step, settings.save_every):
                 path = run.save()
-        if interrupt.requested and state.step > 0:
+        if run.stopping and state.step > 0:
             path = run.save()
         run.log()
     return Outcome(
         step=state.step,
-        interrupted=interrupt.requested and state.step < settings.max_steps,
+        interrupted=run.stopping and state.step < settings.max_steps,
         checkpoint=path,
         eval_loss_before=before,
         eval_loss_after=after,
@@ -132,6 +137,8 @@ class _Run:
     evaluate: Evaluate | None
     interrupt: Interrupt
     last_loss: float | None = None
+    agreed: bool = False
+    """All processes know that they are to stop."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.place)
@@ -139,11 +146,12 @@ class _Run:
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One update from the micro-batches of a step."""
+        with self.place.during(f"step {self.state.step + 1}"):
+            return self._step(batches)
+
+    def _step(self, batches: Sequence[Batch]) -> StepResult:
         state, scaler = self.state, self.state.scaler
-        num_targets = sum(batch.num_targets for batch in batches)
-        if self.place.world > 1:
-            total = torch.tensor(num_targets, device=self.place.device)
-            num_targets = int(self.place.sum(total))
+        num_targets, num_tokens = self._counts(batches)
         loss = torch.zeros((), device=self.place.device)
         scale = scaler.scale
         for index, batch in enumerate(batches):
@@ -166,7 +174,6 @@ class _Run:
         state.optimizer.zero_grad(set_to_none=True)
         scaler.update(finite=not skipped)
         state.step += 1
-        num_tokens = sum(batch.num_tokens for batch in batches)
         state.num_tokens += num_tokens
         if skipped and scaler.scale < MIN_LOSS_SCALE:
             raise self._not_finite(
@@ -183,6 +190,34 @@ class _Run:
             loss_scale=scale if scaler.enabled else None,
             skipped=skipped,
         )
+
+    def _counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """Targets and tokens of the step over all processes, and on the way who wants to stop."""
+        mine = [
+            sum(batch.num_targets for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            int(self.interrupt.requested),
+        ]
+        num_targets, num_tokens, num_stop = self._sum(mine)
+        self.agreed = self.agreed or num_stop > 0
+        return num_targets, num_tokens
+
+    def _sum(self, numbers: list[int]) -> list[int]:
+        """Sums over all processes, by way of the hosts."""
+        if self.place.world == 1:
+            return numbers
+        sums: list[int] = self.place.sum(torch.tensor(numbers)).tolist()
+        return sums
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all processes are to stop here: with others it takes a message to know."""
+        return self.agreed or (self.place.world == 1 and self.interrupt.requested)
+
+    def ask_to_stop(self) -> bool:
+        """Ask all processes whether one was told to stop; all must ask at the same place."""
+        self.agreed = self.agreed or self._sum([int(self.interrupt.requested)]) != [0]
+        return self.agreed
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.settings.autocast is None:
@@ -204,8 +239,9 @@ class _Run:
         if self.evaluate is None:
             return None
         self.log()
-        with self._autocast(), self.report.phase("evaluate"):
-            loss = self.evaluate(lambda: self.interrupt.requested)
+        words = f"the evaluation after step {self.state.step}"
+        with self.place.during(words), self._autocast(), self.report.phase("evaluate"):
+            loss = self.evaluate(self.ask_to_stop)
         if loss is None:
             return None
         if not math.isfinite(loss):
@@ -217,10 +253,13 @@ class _Run:
         """Write a checkpoint of a state that is known to be finite."""
         self.log()
         bad = all_finite(self.state.trained())
-        if bad is not None:
-            raise self._not_finite(f"after step {self.state.step} the weight {bad} is not finite")
-        self.place.barrier()
-        with self.report.phase("checkpoint"):
+        # Where weights are split, only one process may hold the bad one.
+        if self._sum([int(bad is not None)]) != [0]:
+            where = "a weight of another process" if bad is None else f"the weight {bad}"
+            raise self._not_finite(f"after step {self.state.step} {where} is not finite")
+        name = f"the checkpoint of step {self.state.step}"
+        with self.place.during(name), self.report.phase("checkpoint"):
+            self.place.barrier(name)
             return self.checkpoints.save(self.state)
 
     def _not_finite(self, what: str) -> TrainingError:

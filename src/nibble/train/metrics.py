@@ -3,7 +3,7 @@
 A loss is a tensor that the device may not have computed yet; reading it makes the host wait and the
 device idle. So steps are collected as tensors and turned into numbers together, at each logged
 step. Between two readings the wall time is shared evenly, which is exact for their sum. Tokens are
-those that are not padding.
+those that are not padding, of all processes; memory is that of the process that has most.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nibble.errors import TrainingError
-from nibble.place.base import Placement
+from nibble.place.base import Placement, peak_memory
 from nibble.spec.units import GIB
 
 Metrics = dict[str, float]
@@ -75,7 +75,7 @@ class Meter:
         values = pairs.view(-1, 2).tolist()
         self._busy_s += time.perf_counter() - began
         step_s = self._busy_s / len(self._pending)
-        memory = self._place.memory()
+        memory = peak_memory(self._place)
         peak = memory.reserved_bytes or memory.host_bytes
         found = []
         for result, (loss, norm) in zip(self._pending, values, strict=True):
