@@ -11,6 +11,7 @@ keeps its traceback.
     |- WeightError       a checkpoint that is missing, damaged, of an unknown family or shape
     |- DataError         a data set that is missing, malformed or would train nothing
     |- PlacementError    a device, memory or process that is not there or gave up
+    |    `- PeerError     another process of the run ended it: what this one says is not the cause
     |- CheckpointError   a run folder that cannot be written, read or resumed
     |- ExportError       an export that is further from the trained model than its bound
     `- TrainingError     the run itself went wrong: a loss that is not finite
@@ -43,6 +44,10 @@ class DataError(NibbleError):
 
 class PlacementError(NibbleError):
     """A device is absent, out of memory, or a process of the run has died."""
+
+
+class PeerError(PlacementError):
+    """Another process of the run has failed, vanished or did not come in time."""
 
 
 class CheckpointError(NibbleError):

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nibble.errors import NibbleError, PlacementError
+from nibble.errors import NibbleError, PeerError, PlacementError
 from nibble.place.devices import device_of_rank, pick_device
 from nibble.place.watch import Watch
 from nibble.spec.config import Place
@@ -195,7 +195,7 @@ class Group:
             if self.world == 1 or reason is None:
                 raise
             words = None if watch is None else watch.words(WORDS_S)
-            raise PlacementError(f"{words or reason} (rank {self.rank} was at {at})") from error
+            raise PeerError(f"{words or reason} (rank {self.rank} was at {at})") from error
         finally:
             if watch is not None:
                 watch.doing = before

@@ -22,7 +22,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from nibble.errors import PlacementError
+from nibble.errors import PeerError
 
 PULSE_S, SILENT_S, GRACE_S, LINGER_S = 1.0, 120.0, 20.0, 5.0
 
@@ -69,7 +69,7 @@ class Watch:
         self._store.set(f"turn-{self._turn}", "")
 
     def await_first(self) -> None:
-        """Wait for the next `announce` of rank 0, however long it takes; PlacementError when the
+        """Wait for the next `announce` of rank 0, however long it takes; PeerError when the
         run has ended.
         """
         self._turn += 1
@@ -78,12 +78,12 @@ class Watch:
                 if self._store.check([f"turn-{self._turn}"]):
                     return
             except (dist.DistError, RuntimeError):
-                raise PlacementError(
+                raise PeerError(
                     self.words(PULSE_S * 3) or "the first process of the run has gone"
                 ) from None
             words = self.words(0.1)
             if words is not None:
-                raise PlacementError(words)
+                raise PeerError(words)
 
     def stop(self) -> None:
         """End the thread."""
