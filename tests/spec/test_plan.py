@@ -23,7 +23,8 @@ from nibble.spec.formats import format_spec
 from nibble.spec.hardware import hardware
 from nibble.spec.inventory import inventory
 from nibble.spec.names import covers, lineage, meets
-from nibble.spec.plan import CATEGORIES, PHASES, plan
+from nibble.spec.phases import CATEGORIES, PHASES
+from nibble.spec.plan import plan
 from nibble.spec.plan_text import plain
 from nibble.spec.units import GIB
 

@@ -54,13 +54,14 @@ def plan(
         str | None,
         typer.Option(help="Plan for this card, such as rtx4090; default: this machine's."),
     ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them share the run.")] = None,
     json: Annotated[bool, typer.Option(help="For programs.")] = False,
 ) -> None:
     """Bytes by category and phase, and tokens per second, before anything is loaded."""
     from nibble.cli.planning import show_plan
     from nibble.spec.load import load_recipe
 
-    show_plan(load_recipe(recipe, context.args), as_json=json, gpu=gpu)
+    show_plan(load_recipe(recipe, context.args), as_json=json, gpu=gpu, gpus=gpus)
 
 
 @app.command()

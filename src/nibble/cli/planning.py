@@ -10,13 +10,18 @@ import typer
 from nibble.errors import ConfigError, PlanError, WeightError
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
+from nibble.spec.decide import decide
 from nibble.spec.hardware import hardware
+from nibble.spec.holdings import Devices
 from nibble.spec.plan import Plan, plan
 from nibble.use.machine import card_names
 
 
-def make_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan:
-    """The plan of a recipe on the named card, or on this machine's; without one, on the CPU."""
+def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> Plan:
+    """The plan of a recipe on the named card, or on this machine's; without one, on the CPU.
+
+    `gpus`: how many of them share the run (default: place.num_devices, or all that are here).
+    """
     shapes = architecture(recipe.model, num_labels=recipe.model.num_labels)
     names = card_names() if gpu is None else (gpu,)
     device = recipe.place.device
@@ -26,7 +31,13 @@ def make_plan(recipe: Recipe, *, gpu: str | None = None) -> Plan:
         # A card that the table does not know is planned for without a speed, unless it was named.
         with nullcontext() if gpu is not None else suppress(ConfigError):
             card = hardware(names[0])
-    return plan(recipe, architecture=shapes, hardware=card, on_cpu=on_cpu)
+    here = 1 if on_cpu or gpu is not None else max(1, len(names))
+    number = gpus or recipe.place.num_devices or here
+    if recipe.place.kind == "single" or ":" in device:
+        number = 1
+    devices = Devices(per_machine=number)
+    made = decide(recipe, architecture=shapes, hardware=card, on_cpu=on_cpu, devices=devices)
+    return plan(made, architecture=shapes, hardware=card, on_cpu=on_cpu, devices=devices)
 
 
 def plan_or_none(recipe: Recipe) -> Plan | None:
@@ -37,9 +48,11 @@ def plan_or_none(recipe: Recipe) -> Plan | None:
         return None
 
 
-def show_plan(recipe: Recipe, *, as_json: bool, gpu: str | None = None) -> None:
+def show_plan(
+    recipe: Recipe, *, as_json: bool, gpu: str | None = None, gpus: int | None = None
+) -> None:
     """Print the plan; a plan that does not fit its `place.vram` says so and what would."""
-    made = make_plan(recipe, gpu=gpu)
+    made = make_plan(recipe, gpu=gpu, gpus=gpus)
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=1))
         return

@@ -91,6 +91,7 @@ def _planned(plan: Plan, overrides: Overrides, limit_bytes: int) -> Advice | Non
             architecture=plan.source,
             hardware=plan.hardware,
             on_cpu=plan.on_cpu,
+            devices=plan.devices,
         )
     except ConfigError:
         return None  # a change that this model cannot take

@@ -13,7 +13,8 @@ It prices what exists between steps; activations and workspaces are `activations
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -42,6 +43,12 @@ class Inventory:
     base_codes_bytes: int
     base_scales_bytes: int
     base_weights_bytes: int
+    base_by_block: tuple[int, ...]
+    """Frozen bytes of each block."""
+    dense_by_block: tuple[int, ...]
+    """Those of them that are not packed."""
+    trained_by_block: tuple[int, ...]
+    """Trained bytes of each block."""
     trained: tuple[TensorSpec, ...]
     optimizer_bytes: int
     num_trainable: int
@@ -84,6 +91,7 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
     saved = [*adapter.modules_to_save] if adapter.kind != "none" else []
     adapted = _adapted(adapter, architecture, saved)
     codes = scales = weights = 0
+    by_block, dense, learnt = (Counter[int | None]() for _ in range(3))
     trained: list[TensorSpec] = []
     names_trained: set[str] = set()
     for parameter in model.parameters:
@@ -91,13 +99,22 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         if dtype is not None:
             trained.append(TensorSpec(shape=parameter.shape, dtype=dtype))
             names_trained.add(parameter.kind)
+            learnt[parameter.block] += trained[-1].nbytes
         elif parameter.name in packed and spec is not None:
             tensors = spec.tensors(parameter.matrix)
             codes += tensors["codes"].nbytes
             scales += spec.nbytes(parameter.matrix) - tensors["codes"].nbytes
+            by_block[parameter.block] += spec.nbytes(parameter.matrix)
         else:
-            weights += parameter.size * DTYPE_BYTES[compute]
-    low_rank = list(_adapter_tensors(recipe, architecture, adapted))
+            nbytes = parameter.size * DTYPE_BYTES[compute]
+            weights += nbytes
+            by_block[parameter.block] += nbytes
+            dense[parameter.block] += nbytes
+    low_rank = []
+    for parameter in architecture.parameters:
+        own = list(_adapter_tensors(recipe, parameter, adapted))
+        low_rank += own
+        learnt[parameter.block] += sum(tensor.nbytes for tensor in own)
     trained += low_rank
     rule, codec = rule_and_codec(recipe.optim)
     sizes = [p.size for p in architecture.parameters]
@@ -108,6 +125,9 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         base_codes_bytes=codes,
         base_scales_bytes=scales,
         base_weights_bytes=weights,
+        base_by_block=_of_blocks(by_block, model),
+        dense_by_block=_of_blocks(dense, model),
+        trained_by_block=_of_blocks(learnt, model),
         trained=tuple(trained),
         optimizer_bytes=optimizer_nbytes(rule, codec=codec, shapes=[t.shape for t in trained]),
         num_trainable=sum(prod(tensor.shape) for tensor in trained),
@@ -189,18 +209,22 @@ def _adapted(adapter: Adapter, architecture: Architecture, saved: list[str]) -> 
     return {name for name in found if name not in heads and not covers(saved, name)}
 
 
+def _of_blocks(counts: Counter[int | None], model: Architecture) -> tuple[int, ...]:
+    return tuple(counts[index] for index in range(model.sizes.num_layers))
+
+
 def _adapter_tensors(
-    recipe: Recipe, architecture: Architecture, adapted: set[str]
-) -> Iterable[TensorSpec]:
-    dtype = _adapter_dtype(recipe)
-    rank = recipe.adapter.rank
-    for parameter in architecture.parameters:
-        if parameter.module in adapted and parameter.kind != "bias":
-            out, inside = parameter.matrix
-            yield TensorSpec(shape=(rank, inside), dtype=dtype)
-            yield TensorSpec(shape=(out, rank), dtype=dtype)
-            if recipe.adapter.kind == "dora":
-                yield TensorSpec(shape=(out,), dtype=dtype)
+    recipe: Recipe, parameter: Parameter, adapted: set[str]
+) -> Iterator[TensorSpec]:
+    """What a low-rank update adds beside this parameter."""
+    if parameter.module not in adapted or parameter.kind == "bias":
+        return
+    dtype, rank = _adapter_dtype(recipe), recipe.adapter.rank
+    out, inside = parameter.matrix
+    yield TensorSpec(shape=(rank, inside), dtype=dtype)
+    yield TensorSpec(shape=(out, rank), dtype=dtype)
+    if recipe.adapter.kind == "dora":
+        yield TensorSpec(shape=(out,), dtype=dtype)
 
 
 def _trained_dtype(

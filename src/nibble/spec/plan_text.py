@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nibble.spec.plan import CATEGORIES, Plan
+from nibble.spec.holdings import placement_kind
+from nibble.spec.phases import CATEGORIES
+from nibble.spec.plan import Plan
 from nibble.spec.units import GIB, MIB, show_bytes
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ def _title(plan: Plan) -> str:
     rows, length = plan.recipe.train.micro_batch_size, plan.recipe.data.max_length
     path = plan.recipe.model.path
     model = path if path.count("/") <= 1 else path.rstrip("/").rpartition("/")[2]
+    if plan.devices.total > 1:
+        where = f"{plan.devices.total} x {where}, {placement_kind(plan.recipe, plan.devices)}"
     return (
         f"{model} · {method}, base in {stored}, {plan.recipe.optim.name} · "
         f"{rows} x {length} tokens · {where}"

@@ -1,13 +1,15 @@
 """How fast a step can be, and what limits it: matrix products, memory or launches.
 
-    step = max(products / rate + bytes moved / bandwidth, kernels x time to launch one)
+    step = max(products / rate + bytes moved / bandwidth, kernels x time to launch one,
+               bytes over the bus / its rate)
 
 Products are counted from shapes: forward 2 a weight and token, backward twice that where the weight
 is trained and once where it is frozen, forward again where blocks are recomputed; attention's
 backward is 2.5 times its forward. Bytes moved are the packed and dense weights at each unpacking,
 the elementwise traffic (a multiple of what the blocks keep: transformers' unfused norms and
 rotations) and the optimiser's pass over its tensors. Kernels are launched by Python, which small
-batches wait for.
+batches wait for. Over the bus come streamed blocks, once forward and once backward; they hide
+behind the rest.
 
 The multiples come from a profile of transformers with peft on one H200 (QLoRA of a Llama 3 8B
 shape, 4 x 2048 tokens: 524 ms of products, 318 elementwise, 29 unpacking, 45 attention; 1 x 2048:
@@ -23,6 +25,7 @@ from typing import Any
 from nibble.spec.activations import Work, kept_by_block
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
+from nibble.spec.holdings import Devices, Holding
 from nibble.spec.inventory import Inventory
 
 ELEMENTWISE_TRAFFIC = 25
@@ -41,18 +44,24 @@ class Speed:
     products_s: float
     memory_s: float
     launches_s: float
+    bus_s: float
     tokens_per_step: int
+    num_devices: int
     power_w: float
+    """Of one device."""
     price_usd_hour: float | None
+    """Of one device."""
 
     @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return max(self.products_s + self.memory_s, self.launches_s)
+        return max(self.products_s + self.memory_s, self.launches_s, self.bus_s)
 
     @property
     def limiter(self) -> str:
-        """What the step waits for most: products, memory or launches."""
+        """What the step waits for most: products, memory, launches or the bus."""
+        if self.bus_s > max(self.products_s + self.memory_s, self.launches_s):
+            return "the bus"
         if self.launches_s > self.products_s + self.memory_s:
             return "launches"
         return "products" if self.products_s >= self.memory_s else "memory"
@@ -67,14 +76,14 @@ class Speed:
         return num_tokens / self.tokens_per_s / 3600
 
     def energy_kwh(self, num_tokens: float) -> float:
-        """The card's energy at its board power, an upper bound."""
-        return self.hours(num_tokens) * self.power_w / 1000
+        """The cards' energy at their board power, an upper bound."""
+        return self.hours(num_tokens) * self.num_devices * self.power_w / 1000
 
     def cost_usd(self, num_tokens: float) -> float | None:
         """Rent for so many tokens; None when the card's price is not known."""
         if self.price_usd_hour is None:
             return None
-        return self.hours(num_tokens) * self.price_usd_hour
+        return self.hours(num_tokens) * self.num_devices * self.price_usd_hour
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -83,6 +92,7 @@ class Speed:
             "products_s": self.products_s,
             "memory_s": self.memory_s,
             "launches_s": self.launches_s,
+            "bus_s": self.bus_s,
             "limiter": self.limiter,
             "tokens_per_s": self.tokens_per_s,
             "hours_per_million_tokens": self.hours(1e6),
@@ -92,24 +102,39 @@ class Speed:
 
 
 def estimate(
-    recipe: Recipe, stock: Inventory, work: Work, *, hardware: Hardware | None
+    recipe: Recipe,
+    stock: Inventory,
+    work: Work,
+    *,
+    hardware: Hardware | None,
+    held: Holding,
+    devices: Devices,
 ) -> tuple[float, Speed | None]:
-    """FLOPs of a step, and its speed where the card is known."""
+    """FLOPs of a step on all devices, and its speed where the card is known."""
     passes = recipe.train.gradient_accumulation_steps
     products, attention = _flops(recipe, stock, work)
     flops = passes * (products + attention)
     if hardware is None:
-        return flops, None
+        return flops * devices.total, None
     rate = hardware.matmul_flops
     moved = passes * _traffic(recipe, stock, work) + _update_traffic(stock)
-    return flops, Speed(
+    return flops * devices.total, Speed(
         products_s=passes * (products / rate + attention / (rate * ATTENTION_RATE_SHARE)),
         memory_s=moved / hardware.bandwidth_bytes,
         launches_s=passes * _kernels(recipe, stock) * LAUNCH_S,
-        tokens_per_step=passes * work.tokens,
+        bus_s=passes * 2 * _pulled(stock, held) / hardware.bus_bytes,
+        tokens_per_step=passes * work.tokens * devices.total,
+        num_devices=devices.total,
         power_w=hardware.power_w,
         price_usd_hour=hardware.price_usd_hour,
     )
+
+
+def _pulled(stock: Inventory, held: Holding) -> int:
+    """Bytes of blocks that are not on the device when a pass comes to them."""
+    if not held.streamed:
+        return 0
+    return stock.base_bytes - (held.base_codes + held.base_scales + held.base_weights)
 
 
 def _flops(recipe: Recipe, stock: Inventory, work: Work) -> tuple[float, float]:

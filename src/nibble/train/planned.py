@@ -18,7 +18,9 @@ from nibble.place.base import Memory, Placement
 from nibble.spec.advice import advise
 from nibble.spec.arch import architecture
 from nibble.spec.hardware import Hardware, hardware
-from nibble.spec.plan import CUDA_CONTEXT_BYTES, Plan, plan
+from nibble.spec.holdings import Devices
+from nibble.spec.phases import CUDA_CONTEXT_BYTES
+from nibble.spec.plan import Plan, plan
 from nibble.spec.units import show_bytes
 from nibble.use.assemble import Assembly
 
@@ -37,7 +39,10 @@ def plan_run(
         note(f"not planned: {error}")
         return None
     on_cpu = place.device.type == "cpu"
-    made = plan(recipe, architecture=shape, hardware=_card(place), on_cpu=on_cpu)
+    devices = Devices(
+        per_machine=group.local_world, machines=max(1, group.world // group.local_world)
+    )
+    made = plan(recipe, architecture=shape, hardware=_card(place), on_cpu=on_cpu, devices=devices)
     limits = group.gather(_limit_bytes(made, place), "the plan")
     least = min((limit for limit in limits if limit is not None), default=None)
     try:

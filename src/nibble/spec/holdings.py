@@ -1,0 +1,141 @@
+"""What one device and one machine hold between two steps, by placement.
+
+    single, ddp, dp    everything on each device
+    fsdp               1/g of everything on each of g devices, and the blocks that are whole at the
+                       moment: the one at work and the next, twice each while it is copied together
+    stream             what is trained, what is outside of the blocks, the resident blocks and the
+                       ring on each device; the other blocks once in the machine's memory
+    deepspeed          gradients and optimiser state shared out (2), the weights too (3)
+
+Bytes come from `inventory.py`; here they are only shared out. `resident_blocks` and `keep_blocks`
+that are `auto` are counted as 0 until the plan has decided them. What is gathered at the moment is
+an upper bound: which of the buffers are alive together is up to torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nibble.spec.config import Recipe
+from nibble.spec.inventory import Inventory
+
+GATHERED_BLOCKS = 3
+"""Alive at once under fsdp: the block at work, and the next one gathered and being cut into
+tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """How many devices a run has: `per_machine` on each of `machines`."""
+
+    per_machine: int = 1
+    machines: int = 1
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.per_machine * self.machines
+
+
+ONE_DEVICE = Devices()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """Bytes on one device, and in one machine's memory, that stay from step to step.
+
+    `moving`: buffers for blocks that come and go. `gradients` are those of what lives here.
+    `num_processes`: of one machine.
+    """
+
+    base_codes: int
+    base_scales: int
+    base_weights: int
+    trained_weights: int
+    gradients: int
+    optimizer_state: int
+    moving: int
+    streamed: int
+    num_processes: int
+
+
+def placement_kind(recipe: Recipe, devices: Devices) -> str:
+    """The placement that `auto` means on so many devices."""
+    if recipe.place.kind != "auto":
+        return recipe.place.kind
+    return "single" if devices.total == 1 else "ddp"
+
+
+def holding(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
+    """Share a run's tensors out as its placement does."""
+    kind = placement_kind(recipe, devices)
+    if kind == "fsdp":
+        return _sharded(recipe, stock, devices)
+    if kind == "stream":
+        return _streamed(recipe, stock, devices)
+    total = devices.total if kind == "deepspeed" else 1
+    weights = total if recipe.place.zero_stage == 3 else 1
+    return Holding(
+        base_codes=stock.base_codes_bytes,
+        base_scales=stock.base_scales_bytes,
+        base_weights=_share(stock.base_weights_bytes, weights),
+        trained_weights=_share(stock.trained_bytes, weights),
+        gradients=_share(stock.trained_bytes, total),
+        optimizer_state=_share(stock.optimizer_bytes, total),
+        moving=GATHERED_BLOCKS * _largest_block(stock) if weights > 1 else 0,
+        streamed=0,
+        num_processes=1 if kind == "dp" else devices.per_machine,
+    )
+
+
+def _share(num_bytes: int, parts: int) -> int:
+    return -(-num_bytes // parts)
+
+
+def _largest_block(stock: Inventory) -> int:
+    """Bytes of the largest block, trained tensors included."""
+    return max(
+        (frozen + stock.trained_by_block[i] for i, frozen in enumerate(stock.base_by_block)),
+        default=0,
+    )
+
+
+def _sharded(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
+    place = recipe.place
+    group = devices.total
+    if place.shard == "hybrid":
+        group = place.shard_group or devices.per_machine
+    blocks = sum(stock.base_by_block) + sum(stock.trained_by_block)
+    outside = stock.base_bytes + stock.trained_bytes - blocks
+    gathered = blocks if place.shard == "grad-op" else GATHERED_BLOCKS * _largest_block(stock)
+    return Holding(
+        base_codes=_share(stock.base_codes_bytes, group),
+        base_scales=_share(stock.base_scales_bytes, group),
+        base_weights=_share(stock.base_weights_bytes, group),
+        trained_weights=_share(stock.trained_bytes, group),
+        gradients=_share(stock.trained_bytes, group),
+        optimizer_state=_share(stock.optimizer_bytes, group),
+        moving=min(gathered, blocks) + outside if group > 1 else 0,
+        streamed=0,
+        num_processes=devices.per_machine,
+    )
+
+
+def _streamed(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
+    place, blocks = recipe.place, stock.base_by_block
+    resident = 0 if place.resident_blocks == "auto" else min(place.resident_blocks, len(blocks))
+    largest = max(blocks, default=0)
+    streamed = sum(sorted(blocks)[: len(blocks) - resident])
+    on_device = 1 - streamed / max(1, sum(blocks))
+    outside = stock.base_weights_bytes - sum(stock.dense_by_block)
+    return Holding(
+        base_codes=int(stock.base_codes_bytes * on_device),
+        base_scales=int(stock.base_scales_bytes * on_device),
+        base_weights=outside + int(sum(stock.dense_by_block) * on_device),
+        trained_weights=stock.trained_bytes,
+        gradients=stock.trained_bytes,
+        optimizer_state=stock.optimizer_bytes,
+        moving=min(place.ring_blocks, len(blocks) - resident) * largest,
+        streamed=sum(blocks),
+        num_processes=devices.per_machine,
+    )

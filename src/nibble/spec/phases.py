@@ -1,0 +1,254 @@
+"""The moments of a run, each a dictionary of bytes by category; a phase is its largest moment.
+
+Idea. Every phase (load, first step, steady step, evaluation, save) passes through a few moments.
+What stays between steps comes from `holdings.py`, activations from `activations.py`; only
+workspaces and the allocator are estimates, named below with their source.
+
+It adds up, and decides nothing: `plan.py` compares with a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nibble.spec.activations import (
+    Work,
+    checkpointed_bytes,
+    forward_bytes,
+    kept_by_blocks,
+    kept_outside,
+    workspace_bytes,
+)
+from nibble.spec.config import Recipe
+from nibble.spec.formats import DTYPE_BYTES
+from nibble.spec.holdings import Holding
+from nibble.spec.inventory import COMPUTE_DTYPE, Inventory
+from nibble.spec.units import GIB
+
+CATEGORIES: dict[str, str] = {
+    "base_codes": "base: codes",
+    "base_scales": "base: scales",
+    "base_weights": "base: 16-bit weights",
+    "moving": "blocks that come and go",
+    "trained_weights": "trained weights",
+    "gradients": "gradients",
+    "optimizer_state": "optimiser state",
+    "activations_kept": "activations kept",
+    "activation_workspace": "one block's activations",
+    "dequantised": "dequantised weight",
+    "logits": "logits chunk",
+    "allocator": "allocator's loss",
+    "cuda_context": "CUDA context",
+}
+"""Categories of device memory and how they are called; a new one is a row here."""
+HOST_CATEGORIES: dict[str, str] = {
+    "process": "the processes themselves",
+    "streamed_base": "streamed weights",
+    "tensor_in_flight": "tensors being read",
+    "checkpoint_copy": "a tensor being written",
+}
+"""Categories of host memory."""
+PHASES = ("load", "first step", "steady step", "evaluation", "save")
+
+CUDA_CONTEXT_BYTES = GIB // 2
+"""Kernels, cuBLAS workspaces and the driver's own, as seen on an H200 with torch 2.11."""
+ALLOCATOR_SHARE = 0.12
+"""Reserved beyond allocated: 1.02 to 1.17 in nibble's own steps on an H200
+(bench/results/2026-11-22-h200-step.md); the upper part of it, since a plan must not promise too
+much."""
+PROCESS_BYTES = int(1.6 * GIB)
+"""Resident size of Python with torch and transformers imported."""
+PACK_CHUNK_WEIGHTS, PACK_BYTES_PER_WEIGHT = 1 << 24, 16
+"""Packing goes by chunks of at most this many weights; each takes fp32 copies and codes."""
+UPDATE_BYTES_PER_WEIGHT = 12
+"""fp32 steps of an update, for the largest trained tensor only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Bytes by category at the largest moment of a phase."""
+
+    name: str
+    moment: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+    @property
+    def device_bytes(self) -> int:
+        """All categories of the device."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All categories of the host."""
+        return sum(self.host.values())
+
+
+def work_of(recipe: Recipe, stock: Inventory) -> Work:
+    """One training pass of the recipe with rows of full length: the most that it can be."""
+    adapter, train = recipe.adapter, recipe.train
+    compute = COMPUTE_DTYPE[train.precision]
+    low_rank = adapter.kind in ("lora", "dora")
+    stored = "bfloat16" if train.adapter_precision == "bf16" else "float32"
+    return Work(
+        tokens=train.micro_batch_size * recipe.data.max_length,
+        row_length=recipe.data.max_length,
+        element=DTYPE_BYTES[compute],
+        everything=adapter.kind == "none",
+        trained_blocks=stock.trained_blocks,
+        embedding_trained=stock.embedding_trained,
+        adapted=stock.adapted,
+        rank=adapter.rank if low_rank else 0,
+        dora=adapter.kind == "dora",
+        adapter_dropout=adapter.dropout if low_rank else 0.0,
+        # LoRA around a packed linear casts again instead (nn/quant.py).
+        cast=stored != compute and not (adapter.kind == "lora" and stock.num_packed > 0),
+        packed_rows=recipe.data.packing,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Bytes of one pass that all phases share."""
+
+    kept: int
+    """By blocks and outside, at the end of the forward pass."""
+    outside: int
+    one_block: int
+    """A block's own list, recomputed or the last one alive, with its backward workspace."""
+    forward: int
+    dequantised: int
+    logits_training: int
+    logits_evaluation: int
+
+    @staticmethod
+    def of(recipe: Recipe, stock: Inventory, work: Work) -> Pass:
+        shape = stock.architecture
+        blocks = [sum(kept.values()) for kept in kept_by_blocks(shape, work)]
+        outside = sum(kept_outside(shape, work).values())
+        largest = max(blocks, default=0)
+        full = recipe.train.activation_checkpointing == "full"
+        chunk = min(recipe.train.loss_chunk_tokens, work.tokens)
+        is_lm = shape.head_size > 0
+        vocabulary = shape.sizes.vocab if is_lm else 0
+        # A trained head's gradient is summed in fp32 while the chunks go by.
+        head = shape.head_size * (4 + work.element) if stock.head_trained else 0
+        logits = chunk * vocabulary * (8 + work.element)
+        if shape.encoder and is_lm:
+            logits = work.tokens * vocabulary * (8 + work.element)  # made by the model, in full
+        return Pass(
+            kept=outside + (checkpointed_bytes(shape, work) if full else sum(blocks)),
+            outside=outside,
+            one_block=(largest if full else 0) + workspace_bytes(shape, work),
+            forward=forward_bytes(shape, work),
+            dequantised=stock.largest_packed * work.element,
+            logits_training=logits + head,
+            logits_evaluation=logits,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all phases share: the recipe, its tensors, where they live, one pass."""
+
+    recipe: Recipe
+    stock: Inventory
+    held: Holding
+    seen: Pass
+    on_cpu: bool
+
+
+def phase(name: str, run: Run) -> Phase:
+    """Bytes at the largest moment of the phase called `name`."""
+    stock, share = run.stock, run.held
+    state = 0 if name in ("load", "first step") else share.optimizer_state
+    held = {
+        "base_codes": share.base_codes,
+        "base_scales": share.base_scales,
+        "base_weights": share.base_weights,
+        "trained_weights": share.trained_weights,
+        "optimizer_state": state,
+        "moving": 0 if name == "load" else share.moving,
+    }
+    moments = {
+        "load": _load_moments,
+        "first step": _step_moments,
+        "steady step": _step_moments,
+        "evaluation": _evaluation_moments,
+        "save": _save_moments,
+    }[name](run)
+    moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
+    device = {category: extra.get(category, held.get(category, 0)) for category in CATEGORIES}
+    if not run.on_cpu:
+        device["allocator"] = int(ALLOCATOR_SHARE * sum(device.values()))
+        device["cuda_context"] = CUDA_CONTEXT_BYTES
+    host = {
+        "process": PROCESS_BYTES * share.num_processes,
+        "streamed_base": share.streamed,
+        "tensor_in_flight": 0,
+        "checkpoint_copy": 0,
+    }
+    if name == "load":
+        host["tensor_in_flight"] = 2 * stock.largest_tensor * share.num_processes
+    if name == "save":
+        # Tensors are written one by one.
+        largest = max((tensor.nbytes for tensor in stock.trained), default=0)
+        host["checkpoint_copy"] = 0 if run.on_cpu else largest
+    return Phase(name=name, moment=moment, device={k: v for k, v in device.items() if v}, host=host)
+
+
+_Moments = dict[str, dict[str, int]]
+
+
+def _load_moments(run: Run) -> _Moments:
+    """The last tensor arrives in 16 bit while all the others are there, and is packed by chunks."""
+    stock = run.stock
+    chunk = min(stock.largest_packed, PACK_CHUNK_WEIGHTS) * PACK_BYTES_PER_WEIGHT
+    return {"packing the largest matrix": {"dequantised": 2 * stock.largest_packed + chunk}}
+
+
+def _step_moments(run: Run) -> _Moments:
+    """The loss, the first and the last block of backward, the update.
+
+    Gradients exist throughout when several passes are accumulated; with one pass they grow while
+    activations go, so the two are never whole at once.
+    """
+    recipe, stock, seen = run.recipe, run.stock, run.seen
+    gradients = run.held.gradients
+    before = gradients if recipe.train.gradient_accumulation_steps > 1 else 0
+    full = recipe.train.activation_checkpointing == "full"
+    last = seen.outside + (
+        0 if full else (seen.kept - seen.outside) // max(1, stock.architecture.sizes.num_layers)
+    )
+    largest = max((tensor.nbytes // 2 for tensor in stock.trained), default=0)
+    block = {"activation_workspace": seen.one_block, "dequantised": seen.dequantised}
+    return {
+        "the loss": {
+            "activations_kept": seen.kept,
+            "logits": seen.logits_training,
+            "gradients": before,
+        },
+        "backward begins": {"activations_kept": seen.kept, "gradients": before, **block},
+        "backward ends": {"activations_kept": last, "gradients": gradients, **block},
+        "the update": {
+            "gradients": gradients,
+            "optimizer_state": run.held.optimizer_state,
+            "activation_workspace": largest * UPDATE_BYTES_PER_WEIGHT,
+        },
+    }
+
+
+def _evaluation_moments(run: Run) -> _Moments:
+    """A forward pass without a graph."""
+    seen = run.seen
+    return {
+        "a block": {"activation_workspace": seen.forward, "dequantised": seen.dequantised},
+        "the loss": {"activations_kept": seen.outside, "logits": seen.logits_evaluation},
+    }
+
+
+def _save_moments(run: Run) -> _Moments:
+    """Trained tensors and state are copied to the host one by one; the device holds no more."""
+    del run
+    return {"writing": {}}
