@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nibble.errors import ConfigError, WeightError
 from nibble.nn import quant
-from nibble.nn.quant import LowRank, PackedWeight, QuantLinear, dense_weight, quantize_
+from nibble.nn.adapted import LowRank
+from nibble.nn.quant import PackedWeight, QuantLinear, dense_weight, quantize_
 from nibble.nn.targets import replace_
 from nibble.numerics.formats import CODECS, pack, unpack
 from nibble.spec.config import Quant

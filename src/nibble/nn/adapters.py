@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nibble.errors import ConfigError
+from nibble.nn.adapted import NO_CASTS, Base, Casts, LowRank, PlainBase, adapted
+from nibble.nn.cast_hooks import train_in_full_
 from nibble.nn.expand import Expansion
-from nibble.nn.quant import LowRank, QuantLinear, dense_weight, is_linear
+from nibble.nn.quant import QuantLinear, dense_weight, is_linear
 from nibble.nn.targets import (
     classification_heads,
     head_names,
@@ -95,18 +97,33 @@ class LoraLinear(nn.Module):
         self.lora_A = trained(rank, self.in_features)
         self.lora_B = trained(self.out_features, rank)
         self.magnitude = trained(self.out_features) if dora else None
+        self.casts: Casts = NO_CASTS
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the type of x."""
-        if self.magnitude is None:
-            dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
-            y: Tensor
-            if isinstance(self.base, QuantLinear) and not torch.is_autocast_enabled(x.device.type):
-                y = self.base(x, LowRank(dropped, self.lora_A, self.lora_B, self.scaling))
-                return y
-            y = self.base(x)
-            return self._add_update(y, dropped)
-        return self._forward_dora(x, self.magnitude)
+        if self.magnitude is not None:
+            return self._forward_dora(x, self.magnitude)
+        dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        if torch.is_autocast_enabled(x.device.type):
+            return self._add_update(self.base(x), dropped)
+        if isinstance(self.base, QuantLinear):
+            y: Tensor = self.base(x, self.update(dropped))
+            return y
+        base = self.frozen_base()
+        if base is None:
+            return self._add_update(self.base(x), dropped)
+        return adapted(x, [base], [self.update(dropped)])[0]
+
+    def update(self, x: Tensor) -> LowRank:
+        """What LoRA adds to the base's output, computed from x."""
+        return LowRank(x, self.lora_A, self.lora_B, self.scaling, self.casts)
+
+    def frozen_base(self) -> Base | None:
+        """The base as `adapted` takes it; None where it is trained as well."""
+        if isinstance(self.base, QuantLinear):
+            return self.base
+        is_plain = type(self.base) is nn.Linear and not self.base.weight.requires_grad
+        return PlainBase(self.base) if is_plain else None  # type: ignore[arg-type]
 
     def _forward_dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
         # m / n - 1, not m / n: near the start it is small, and bf16 rounds 1.001 to 1.
@@ -265,7 +282,7 @@ def adapt_(
     # Types first: casting one of two tied modules casts the other's weight as well.
     computed = {name: next(model.get_submodule(name).parameters()).dtype for name in saved}
     for name in saved:
-        _train_in_full_(model.get_submodule(name), dtype, compute=computed[name])
+        train_in_full_(model.get_submodule(name), dtype, compute=computed[name])
     ready = [(n, m) for n, m in adapters(model).items() if m.lora_A.device.type != "meta"]
     for name, module in ready:
         module.reset_parameters_(name, generator=generator)
@@ -337,34 +354,6 @@ def _saved_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 f"add {name.rpartition('.')[2]} to quant.keep"
             )
     return saved
-
-
-@dataclass(frozen=True)
-class _Cast:
-    """Forward hooks of a module that is trained in another type than the model computes in."""
-
-    dtype: torch.dtype
-
-    def before(self, _module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
-        return tuple(_cast(value, self.dtype) for value in inputs)
-
-    def after(self, _module: nn.Module, _inputs: object, output: object) -> object:
-        return _cast(output, self.dtype)
-
-
-def _cast(value: object, dtype: torch.dtype) -> object:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if is_float and isinstance(value, Tensor) else value
-
-
-def _train_in_full_(module: nn.Module, dtype: torch.dtype, *, compute: torch.dtype) -> None:
-    """Unfreeze `module` and keep it in `dtype`; its inputs and outputs are cast where the model's
-    type differs."""
-    module.requires_grad_(True)
-    if compute != dtype:
-        module.to(dtype)
-        module.register_forward_pre_hook(_Cast(dtype).before)
-        module.register_forward_hook(_Cast(compute).after)
 
 
 def _train_everything_(model: nn.Module) -> AdapterSummary:

@@ -10,10 +10,8 @@ format with a product of its own (int8's mixed one) uses it forward, and backwar
 dense weight, as LLM.int8 training does (Dettmers et al. 2022, arXiv 2208.07339, and QLoRA,
 2305.14314).
 
-An adapter's low-rank update is added by the same function (`LowRank`), so that neither its output
-nor its share of dL/dx is ever a tensor of its own: both are summed by the products that make them,
-
-    forward y += s (x' A^T) B^T,     backward dL/dx += s (dL/dy B) A,     x' = x or dropout(x)
+An adapter's low-rank update is added by the same function (`nn/adapted.py`), so that neither its
+output nor its share of dL/dx is ever a tensor of its own.
 
 Costs: one unpacking in forward and one in backward, and one dense weight of scratch memory while
 the product runs.
@@ -25,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +32,7 @@ from torch.nn import functional as F
 
 from nibble.errors import ConfigError, WeightError
 from nibble.kernels import Choice, select, select_matmul
+from nibble.nn.adapted import LowRank, adapted
 from nibble.nn.targets import (
     head_names,
     replace_,
@@ -55,19 +54,6 @@ class PackedWeight:
 
     spec: FormatSpec
     tensors: Mapping[str, Tensor]
-
-
-class LowRank(NamedTuple):
-    """A trained update s B A of a frozen weight: y gains scaling * (x A^T) B^T.
-
-    x: what the update sees, [..., in]; the linear's own input, or that with dropout. a: [r, in].
-    b: [out, r]. They are computed in the type of x and get gradients in their own.
-    """
-
-    x: Tensor
-    a: Tensor
-    b: Tensor
-    scaling: float
 
 
 class QuantLinear(nn.Module):
@@ -96,8 +82,7 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self.kernels = kernels
         self.keeps_first = False
-        """Keep what backward needs before multiplying (`_Product`). A recomputation ends with the
-        last tensor kept, so a block's last linear is then not multiplied again in vain."""
+        """As `nn.adapted.Base` has it."""
         self._chosen: dict[str, tuple[Unpack, Matmul | None]] = {}
         stored = spec.tensors(self.shape)
         self._names = tuple(stored)
@@ -121,14 +106,7 @@ class QuantLinear(nn.Module):
         if update is None:
             result: Tensor = _FrozenLinear.apply(x, self)  # type: ignore[no-untyped-call]
             return result
-        seen = None if update.x is x else update.x
-        held: list[Tensor] | None = [] if self.keeps_first and torch.is_grad_enabled() else None
-        result = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-            x, seen, update.a, update.b, update.scaling, self, held
-        )
-        if held is not None:
-            result = _Product.apply(result, held, update, self)  # type: ignore[no-untyped-call]
-        return result
+        return adapted(x, [self], [update])[0]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight [out, in], a fresh tensor without gradient."""
@@ -176,7 +154,7 @@ class QuantLinear(nn.Module):
         unpack, _ = self._functions(tensors["codes"].device)
         return unpack(self.spec, tensors, shape=self.shape, dtype=dtype)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """x W^T + b by the format's own product where it has one, else by the dense weight."""
         tensors = self.packed()
         _, matmul = self._functions(x.device)
@@ -186,9 +164,10 @@ class QuantLinear(nn.Module):
             product = F.linear(x, self._dense(tensors, x.dtype))
         return product if self.bias is None else product.add_(self.bias.to(x.dtype))
 
-    def _transposed_product(self, grad: Tensor) -> Tensor:
-        """grad W: what flows back to the input."""
-        return grad @ self._dense(self.packed(), grad.dtype)
+    def transposed_product(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
+        """grad W, what flows back to the input; added to `onto` (2-D, in place) if given."""
+        dense = self._dense(self.packed(), grad.dtype)
+        return grad @ dense if onto is None else onto.addmm_(grad, dense)
 
     def _functions(self, device: torch.device) -> tuple[Unpack, Matmul | None]:
         if device.type not in self._chosen:
@@ -223,91 +202,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: QuantLinear) -> Tensor:
         ctx.linear = linear
-        return linear._product(x)
+        return linear.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.linear._transposed_product(grad) if ctx.needs_input_grad[0] else None, None
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """x W^T + b + s x' A^T B^T; x' and x' A^T wait for backward. `seen` is x', None where it is x.
-
-    A and B are cast again rather than kept: under activation checkpointing each tensor kept passes
-    through Python three times, which takes the host longer than a cast.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        seen: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        linear: QuantLinear,
-        held: list[Tensor] | None,
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        seen_rows = rows if seen is None else seen.reshape(-1, seen.shape[-1])
-        low = torch.mm(seen_rows, a.to(x.dtype).t())
-        ctx.linear, ctx.a, ctx.b, ctx.scaling = linear, a, b, scaling
-        ctx.shape, ctx.is_x, ctx.versions = x.shape, seen is None, (a._version, b._version)
-        ctx.save_for_backward(seen_rows, low)
-        if held is not None:
-            held += [rows, low]
-            return x.new_empty(1).expand(*x.shape[:-1], linear.out_features)
-        return _adapted_product(linear, rows, low, b, scaling).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seen, low = ctx.saved_tensors
-        needs_x, needs_seen, needs_a, needs_b = ctx.needs_input_grad[:4]
-        assert ctx.versions == (ctx.a._version, ctx.b._version), "A or B changed before backward"
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_seen = grad_a = grad_b = None
-        grad_low = torch.mm(rows, ctx.b.to(rows.dtype))
-        if ctx.scaling != 1.0:
-            grad_low *= ctx.scaling
-        if needs_x:
-            grad_x = ctx.linear._transposed_product(rows)
-            if ctx.is_x:
-                grad_x.addmm_(grad_low, ctx.a.to(rows.dtype))
-            grad_x = grad_x.view(ctx.shape)
-        if needs_seen:
-            grad_seen = torch.mm(grad_low, ctx.a.to(rows.dtype)).view(ctx.shape)
-        if needs_a:
-            grad_a = torch.mm(grad_low.t(), seen)
-        if needs_b:
-            grad_b = torch.mm(rows.t(), low)
-            if ctx.scaling != 1.0:
-                grad_b *= ctx.scaling
-        return grad_x, grad_seen, grad_a, grad_b, None, None, None
-
-
-class _Product(torch.autograd.Function):
-    """The output of an `_AdaptedLinear` that gave an empty one of its shape; keeps nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, empty: Tensor, held: list[Tensor], update: LowRank, linear: QuantLinear
-    ) -> Tensor:
-        rows, low = held
-        y = _adapted_product(linear, rows, low, update.b, update.scaling)
-        held.clear()
-        return y.view(empty.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad, None, None, None
-
-
-def _adapted_product(
-    linear: QuantLinear, rows: Tensor, low: Tensor, b: Tensor, scaling: float
-) -> Tensor:
-    return linear._product(rows).addmm_(low, b.to(rows.dtype).t(), alpha=scaling)
+        return ctx.linear.transposed_product(grad) if ctx.needs_input_grad[0] else None, None
 
 
 def is_linear(module: nn.Module) -> bool:
