@@ -77,10 +77,10 @@ class Reducer:
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.params}
         self._next = 0
         self._sends = False
-        self._handles: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._arrived)
-            for parameter in self._params
-        ]
+        self._handles: list[RemovableHandle] = []
+        for parameter in self._params:
+            register = parameter.register_post_accumulate_grad_hook
+            self._handles.append(register(self._arrived))  # type: ignore[no-untyped-call]
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from nibble.errors import PeerError
 
@@ -109,13 +110,12 @@ class Watch:
             if not self._ended.is_set():
                 self._end("the first process of the run has gone")
         if self._words is not None and not self._ended.wait(GRACE_S):
-            line = (
-                f"error: {self._words} (rank {self._rank} was at {self.doing or 'its own work'})\n"
-            )
+            at = self.doing or "work of its own"
+            line = f"error: {self._words} (rank {self._rank} was at {at})\n"
             os.write(2, line.encode())
             os._exit(1)
 
-    def _silent(self, store: dist.Store, pulses: dict[int, tuple[int, float]]) -> int | None:
+    def _silent(self, store: Store, pulses: dict[int, tuple[int, float]]) -> int | None:
         """A rank whose pulse has not changed for too long."""
         now = time.monotonic()
         for rank in range(self._world):
@@ -132,15 +132,15 @@ class Watch:
         self._told.set()
 
 
-def _connection(timeout_s: float) -> Callable[[], dist.Store]:
+def _connection(timeout_s: float) -> Callable[[], Store]:
     """How to connect to the store in which the processes met; each thread needs its own."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # An elastic restart meets in the same store: what the attempt before left there is not ours.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
-    def connect() -> dist.Store:
+    def connect() -> Store:
         limit = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(host, port, None, False, timeout=limit, wait_for_workers=False)
-        return dist.PrefixStore(f"nibble/{attempt}", store)
+        store = TCPStore(host, port, None, False, timeout=limit, wait_for_workers=False)
+        return PrefixStore(f"nibble/{attempt}", store)
 
     return connect
