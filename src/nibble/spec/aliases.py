@@ -17,6 +17,7 @@ from typing import Any
 
 from . import translations as t
 from . import translations_data as td
+from . import translations_optim as to
 from .refusals import refusal
 from .words import Late, Translator, Vocabulary
 
@@ -179,8 +180,37 @@ ALIASES: Mapping[str, str | Translator | Late] = {
     "default_system": "data.system",
     "data_seed": t.same_as("train.seed"),
     # The update rule
-    "optimizer": "optim.name",
-    "optim": "optim.name",
+    "optimizer": to.optimizer_name,
+    "optim": to.optimizer_name,
+    "optim_args": to.optim_args,
+    **{
+        f"optim_args.{key}": to.option(key)
+        for key in (*to.OPTIONS, "proj", "scale_type", "eps", "weight_decay")
+    },
+    "optim_target_modules": to.targets,
+    "use_galore": to.use_method("galore"),
+    "galore_rank": "optim.rank",
+    "galore_update_interval": "optim.refresh_every",
+    "galore_update_proj_gap": "optim.refresh_every",
+    "galore_scale": "optim.scale",
+    "galore_proj_type": "optim.side",
+    "galore_target": to.targets,
+    "galore_target_modules": to.targets,
+    "galore_layerwise": "optim.layerwise",
+    "galore_optim_per_parameter": "optim.layerwise",
+    "use_apollo": to.use_method("apollo"),
+    "apollo_rank": "optim.rank",
+    "apollo_update_interval": "optim.refresh_every",
+    "apollo_scale": to.apollo_scale,
+    "apollo_proj": to.apollo_proj,
+    "apollo_proj_type": "optim.side",
+    "apollo_scale_type": "optim.residual",
+    "apollo_target": to.targets,
+    "apollo_layerwise": "optim.layerwise",
+    "rank": Late(to.of_adapter_or_projection("rank")),
+    "targets": Late(to.of_adapter_or_projection("targets")),
+    "update_proj_gap": "optim.refresh_every",
+    "proj_type": "optim.side",
     "optimizer._component_": t.component("optim.name"),
     "lr": "optim.learning_rate",
     "optimizer.lr": "optim.learning_rate",
@@ -237,6 +267,9 @@ ALIASES: Mapping[str, str | Translator | Late] = {
     "gradient_checkpointing_kwargs.use_reentrant": t.only(
         False, advice="nibble's checkpointing is not re-entrant"
     ),
+    "enable_liger_kernel": "train.fused_kernels",
+    "use_liger_kernel": "train.fused_kernels",
+    "use_liger": "train.fused_kernels",
     "eval_steps": t.steps("train.eval_every"),
     "steps_per_eval": "train.eval_every",
     "eval.interval": "train.eval_every",
@@ -277,6 +310,13 @@ _ADAM_8BIT = dict.fromkeys(
 
 # Other names for values. Paging and fusing are how a rule is run, not another rule.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
+    "optim.method": {
+        "galore_8bit": "galore8bit",
+        "q_galore": "q-galore",
+        "qgalore": "q-galore",
+        "apollo_mini": "apollo-mini",
+        None: "none",
+    },
     "optim.name": {"adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor", **_ADAM, **_ADAM_8BIT},
     "optim.schedule": {"constant_with_warmup": "constant"},
     "optim.max_grad_norm": {0: None},

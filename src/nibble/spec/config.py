@@ -215,6 +215,9 @@ class Train(Section):
     """Move the blocks' inputs to pinned host memory until backward, behind the computation."""
     mlp_tile_tokens: int | None = Field(default=None, ge=128)
     """Compute feed-forward layers for this many tokens at a time, for very long rows."""
+    fused_kernels: bool = True
+    """Norms, rotary embeddings, feed-forward gates and adapters in fused steps, for families that
+    have them; false runs transformers' own code."""
     loss_chunk_tokens: int = Field(default=1024, ge=16)
     """Logits are made for this many tokens at a time."""
     eval_every: int | None = Field(default=None, ge=1)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 _MANY_GPUS = "training on several GPUs is not supported yet: nibble runs on one device"
-_LOW_RANK = "GaLore and its relatives are not supported yet: use adamw8bit or an adapter"
+_LOW_RANK = "no counterpart here: `nibble recipes --fields` lists optim.method and its settings"
+_BLOCKWISE = "not supported yet: use optim.method=galore with optim.layerwise, or an adapter"
 _PREFERENCE = (
     "preference and reinforcement learning are not supported yet: only fine-tuning on examples"
 )
@@ -51,15 +52,11 @@ REFUSED: dict[str, str] = {
     "use_kt": _OFFLOAD,
     # Optimisers
     "galore*": _LOW_RANK,
-    "use_galore": _LOW_RANK,
     "q_galore*": _LOW_RANK,
-    "use_apollo": _LOW_RANK,
     "apollo*": _LOW_RANK,
-    "use_badam": _LOW_RANK,
-    "badam*": _LOW_RANK,
-    "lisa_*": _LOW_RANK,
-    "optim_target_modules": _LOW_RANK,
-    "optim_args": "give betas, eps or momentum by name: remove it",
+    "use_badam": _BLOCKWISE,
+    "badam*": _BLOCKWISE,
+    "lisa_*": _BLOCKWISE,
     "optimizer.fused": _KERNELS,
     "optimizer_in_bwd": "updates inside the backward pass are not supported yet: remove it",
     "loraplus_*": "LoRA+ (two learning rates) is not supported yet: remove it",
@@ -156,8 +153,6 @@ REFUSED: dict[str, str] = {
     "sdp_attention": _KERNELS,
     "xformers_attention": _KERNELS,
     "s2_attention": _KERNELS,
-    "enable_liger_kernel": _KERNELS,
-    "use_liger_kernel": _KERNELS,
     "liger_*": _KERNELS,
     "lora_*_kernel": _KERNELS,
     "use_unsloth*": _KERNELS,

@@ -27,6 +27,7 @@ from nibble.nn.adapters import (
     summarise,
 )
 from nibble.nn.expand import Expansion, expand_
+from nibble.nn.fused import fuse_
 from nibble.nn.quant import PackedWeight, quantize_
 from nibble.place.activations import Activations
 from nibble.place.base import Placement
@@ -152,6 +153,8 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     else:
         model.requires_grad_(False)
         summary = summarise(model, "none")
+    if recipe.train.fused_kernels:
+        fuse_(model, built.family.decoder(model), dtype=compute_dtype(recipe))
     is_trained_whole = recipe.adapter.kind == "none" and spec is None
     trained = frozenset(
         name for name, p in model.named_parameters() if p.requires_grad or is_trained_whole
