@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"nn", "optim"}),
     frozenset({"models", "weights", "data"}),
-    frozenset({"place"}),
+    frozenset({"place", "launch"}),
     frozenset({"use"}),
     frozenset({"train"}),
     frozenset({"run"}),

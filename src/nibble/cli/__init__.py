@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nibble.errors import NibbleError
 
 if TYPE_CHECKING:
+    from nibble.cli.launching import Start
     from nibble.spec.config import Recipe
 
 
@@ -61,8 +62,9 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def train_recipe(recipe: Recipe, *, resume: bool = False) -> None:
-    """Plan, train and say how to go on: what `nibble train` and train.py do."""
-    from nibble.cli.training import train_recipe as run
+def train_recipe(recipe: Recipe, *, start: Start | None = None) -> None:
+    """Plan, train on all devices and say how to go on: what `nibble train` and train.py do."""
+    from nibble.cli.launching import Start
+    from nibble.cli.launching import train_recipe as run
 
-    run(recipe, resume=resume)
+    run(recipe, start or Start())

@@ -30,20 +30,44 @@ def train(
     context: typer.Context,
     recipe: RecipeName,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    resume_if_begun: Annotated[
+        bool, typer.Option(help="The same if there is a run, else start one; for job scripts.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print plan and recipe, then stop.")] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N", help="Machines, or LEAST:MOST at a rendezvous.")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(help="This machine's number, from 0.")] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 is reached.")
+    ] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machines find each other.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start again after this many lost processes.")
+    ] = 0,
 ) -> None:
-    """Plan, load, train, checkpoint. Override with key=value or --key value."""
+    """Plan, load, train on all GPUs, checkpoint. Override with key=value or --key value."""
     from nibble.cli import train_recipe
+    from nibble.cli.launching import Start
+    from nibble.launch.meeting import read_nodes
     from nibble.spec.load import dump_recipe, load_recipe
 
     loaded = load_recipe(recipe, context.args)
+    start = Start(
+        resume=resume,
+        resume_if_begun=resume_if_begun,
+        nodes=read_nodes(nodes=nodes, node_rank=node_rank, master=master, rendezvous=rendezvous),
+        max_restarts=max_restarts,
+    )
     if dry_run:
         from nibble.cli.planning import show_plan
 
         typer.echo(dump_recipe(loaded))
         show_plan(loaded, as_json=False)
         return
-    train_recipe(loaded, resume=resume)
+    train_recipe(loaded, start=start)
 
 
 @app.command(context_settings=EXTRA)

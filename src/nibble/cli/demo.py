@@ -93,9 +93,9 @@ def run(*, folder: Path, num_steps: int) -> None:
     _step(say, f"nibble chat {recipe.model.path} --prompt '{question}'")
     before = _answer(recipe.model.path, question)
     _step(say, f"nibble train {recipe_file}")
-    from nibble.cli.training import train_recipe
+    from nibble.cli import train_recipe
 
-    train_recipe(recipe, resume=False)
+    train_recipe(recipe)
     _step(say, f"nibble chat {run_folder} --prompt '{question}'")
     after = _answer(str(run_folder), question)
     for kind in ("adapter", "merged"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,7 +10,6 @@ from rich.console import Console
 from nibble.cli.planning import plan_or_none
 from nibble.cli.quiet import quiet_libraries
 from nibble.spec.config import Recipe
-from nibble.spec.rules import check_trainable
 from nibble.spec.units import show_bytes
 
 if TYPE_CHECKING:
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from nibble.spec.plan import Plan
 
 
-def train_recipe(recipe: Recipe, *, resume: bool) -> None:
-    """Print the plan, train, and print the commands to go on with."""
-    check_trainable(recipe)
-    console = Console(highlight=False)
-    made = plan_or_none(recipe)
+def train_here(recipe: Recipe, *, resume: bool) -> None:
+    """Print the plan, train, and print the commands to go on with; among several processes only
+    the first one prints.
+    """
+    console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    made = None if console.quiet else plan_or_none(recipe)
     if made is not None:
         from nibble.spec.plan_text import render
 

@@ -7,10 +7,15 @@ context (some hundred MiB) lies outside of what an allocator can cap.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from nibble.errors import PlacementError
 from nibble.spec.units import show_bytes
+
+OWN_GPU = "NIBBLE_OWN_GPU"
+"""Set by nibble/launch where a launcher shows each process of a machine another one GPU."""
 
 
 def pick_device(word: str) -> torch.device:
@@ -45,6 +50,8 @@ def device_of_rank(word: str, *, local_rank: int, local_world: int) -> torch.dev
     if device.type == "cpu":
         return device
     num_gpus = torch.cuda.device_count()
+    if OWN_GPU in os.environ and num_gpus == 1:
+        return torch.device("cuda", 0)
     if local_world > num_gpus:
         raise PlacementError(
             f"{local_world} processes on a machine with {num_gpus} GPUs: "
