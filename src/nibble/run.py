@@ -181,6 +181,9 @@ def _model_and_data(recipe: Recipe, group: Group, report: Report) -> tuple[Assem
     report.note(
         f"trains {summary.num_trainable:,} of {summary.num_total:,} parameters ({share:.2%})"
     )
+    learnt = {name: p for name, p in assembly.model.named_parameters() if p.requires_grad}
+    for line in optim.projection_lines(learnt, recipe.optim):
+        report.note(line)
     return assembly, splits
 
 

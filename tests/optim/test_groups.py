@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from nibble.errors import ConfigError
-from nibble.optim import GroupRule, build, group_parameters, summarise
-from nibble.spec.config import Optim, OptimizerName
+from nibble.optim import GroupRule, build, group_parameters, projection_lines, summarise
+from nibble.spec.config import MethodName, Optim, OptimizerName
+from nibble.spec.lowrank import METHODS
 from nibble.spec.state import rule_and_codec
 
 
@@ -93,3 +96,65 @@ def test_nothing_to_train_and_too_long_a_warm_up() -> None:
         build(dict(Model().requires_grad_(False).named_parameters()), Optim(), total_steps=3)
     with pytest.raises(ConfigError, match="warm-up of 4 steps is longer than the run of 3"):
         build(dict(Model().named_parameters()), Optim(warmup_steps=4), total_steps=3)
+
+
+class TestLowRankRecipes:
+    """What a recipe's method becomes."""
+
+    @pytest.mark.parametrize("method", [m for m in MethodName.__args__ if m != "none"])
+    def test_a_method_projects_matrices_and_nothing_else(self, method: MethodName) -> None:
+        model = Model()
+        optim = Optim(method=method, rank=None if method == "apollo-mini" else 8)
+        optimizer, _ = build(dict(model.named_parameters()), optim, total_steps=10)
+        found = {g["name"]: names_of(model, g["params"]) for g in optimizer.param_groups}
+        assert found == {
+            "projected": {"proj.weight"},
+            "biases": {"norm.bias", "proj.bias", "gate_up_proj_bias"},
+            "vectors": {"norm.weight"},
+            "matrices": {"embed.weight"},
+        }
+        group = optimizer.param_groups[0]
+        for key, value in METHODS[method].items():
+            assert group[key] == value, key
+        assert group["rank"] == (1 if method == "apollo-mini" else 8)
+        lines = projection_lines({n: p for n, p in model.named_parameters() if p.requires_grad},
+                                 optim)  # fmt: skip
+        assert lines[0].startswith(f"projected to rank {group['rank']}") and "4,096" in lines[0]
+        assert [line.split(":")[0] for line in lines[1:]] == [
+            "not projected, embeddings and heads", "not projected, vectors and biases"]  # fmt: skip
+
+    def test_what_is_given_wins_over_the_method(self) -> None:
+        model = Model()
+        optim = Optim(method="galore8bit", rank=4, state="fp32", scale=2.0, refresh_every=7,
+                      side="right", basis="random", stagger=False)  # fmt: skip
+        optimizer, _ = build(dict(model.named_parameters()), optim, total_steps=10)
+        group = optimizer.param_groups[0]
+        want = {"codec": "fp32", "scale": 2.0, "update_proj_gap": 7, "proj_type": "right",
+                "basis": "random", "stagger": False}  # fmt: skip
+        assert {key: group[key] for key in want} == want
+
+    def test_targets_choose_and_may_be_embeddings(self) -> None:
+        model = Model()
+        params = dict(model.named_parameters())
+        optimizer, _ = build(params, Optim(rank=8, targets=("embed",)), total_steps=10)
+        assert names_of(model, optimizer.param_groups[0]["params"]) == {"embed.weight"}
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ({"rank": 65}, r"optim.rank=65 projects nothing: .* a side of 64"),
+            ({"rank": 4, "targets": ("prj",)}, r"'prj' names no trained matrix.*embed, .*proj"),
+        ],
+    )
+    def test_what_fits_nothing_is_refused(self, words: Any, said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            build(dict(Model().named_parameters()), Optim(**words), total_steps=10)
+
+    def test_layer_wise_gradients_are_small(self) -> None:
+        model = Model()
+        optim = Optim(method="galore", rank=8, layerwise=True)
+        optimizer, _ = build(dict(model.named_parameters()), optim, total_steps=10)
+        assert optimizer.param_groups[0]["basis"] == "randomised"
+        model.proj(torch.randn(3, 64)).square().sum().backward()
+        assert type(model.proj.weight.grad).__name__ == "ProjectedGrad"
+        assert model.proj.bias.grad is not None and model.proj.bias.grad.shape == (64,)

@@ -74,6 +74,15 @@ EFFECTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
                   [{"optim": {"name": "adafactor", "eps": 1e-6}}]),
     "optim.momentum": ([{"optim": {"momentum": 0.9}}],
                        [{"optim": {"name": "sgd", "momentum": 0.9}}]),
+    **{f"optim.{word}": ([{"optim": {word: value}}],
+                         [{"optim": {word: value, "rank": 4, **more}}])
+       for word, value, more in (
+           ("refresh_every", 9, {}), ("scale", 0.5, {}), ("side", "left", {}),
+           ("basis", "svd", {}), ("basis_storage", "bf16", {}), ("residual", "fira", {}),
+           ("stagger", True, {}), ("lazy_threshold", 0.4, {}), ("layerwise", True, {}),
+           ("targets", ["q_proj"], {}), ("weights", "int8", {}))},
+    "optim.norm_growth": ([{"optim": {"rank": 4, "norm_growth": 1.1}}],
+                          [{"optim": {"method": "fira", "norm_growth": 1.1}}]),
     "optim.floor_ratio": ([{"optim": {"schedule": "constant", "floor_ratio": 0.1}}],
                           [{"optim": {"floor_ratio": 0.1}}]),
     "train.adapter_precision": ([{"train": {"adapter_precision": "fp32"}}],
@@ -146,6 +155,16 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "Triton on a CPU": (
         [LORA, QUANT, {"quant": {"kernels": "triton"}, "place": {"device": "cpu"}}],
         ["quant.kernels=triton", "place.device=cpu"]),
+    "low rank twice": ([LORA, {"optim": {"method": "galore"}}],
+                       ["optim.method", "adapter.kind=lora"]),
+    "whole gradients, layer by layer": (
+        [{"optim": {"method": "fira", "layerwise": True}}],
+        ["optim.layerwise", "optim.residual=fira", "optim.method=fira"]),
+    "wrong projection": ([{"optim": {"method": "apollo", "basis_storage": "int4"}}],
+                         ["basis_storage=int4", "seeded"]),
+    "8-bit states, stored otherwise": (
+        [{"optim": {"name": "adamw8bit", "state": "bf16"}}],
+        ["optim.name=adamw8bit", "optim.state=bf16"]),
     "bitsandbytes cannot unpack it": (
         [LORA, {"quant": {"format": "hqq", "kernels": "bitsandbytes"}}],
         ["quant.kernels=bitsandbytes", "quant.format=hqq"]),

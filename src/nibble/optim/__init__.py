@@ -8,6 +8,7 @@ from nibble.optim.groups import (
     build,
     group_parameters,
     low_rank_rules,
+    projection_lines,
     summarise,
 )
 from nibble.optim.layerwise import Layerwise, layerwise_
@@ -32,6 +33,7 @@ __all__ = [
     "keep_int8_",
     "layerwise_",
     "low_rank_rules",
+    "projection_lines",
     "small_tensors",
     "summarise",
 ]

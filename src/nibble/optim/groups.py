@@ -16,15 +16,18 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nibble.errors import ConfigError
+from nibble.optim.layerwise import layerwise_
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule, num_warmup_steps
 from nibble.optim.shards import ShardView
 from nibble.spec.config import Optim
-from nibble.spec.lowrank import low_rank_of
+from nibble.spec.lowrank import LowRank, low_rank_of
+from nibble.spec.methods import BIASES, EMBEDDINGS, group_values, low_rank, reasons
 from nibble.spec.state import optimizer_nbytes, rule_and_codec
+from nibble.spec.units import show_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +52,10 @@ class GroupRule:
 
 DEFAULT_RULES = (
     # By name as well: the biases of stacked experts have two dims.
-    GroupRule(name="biases", pattern=r"(^|[._])bias$", values={"weight_decay": 0.0}),
+    GroupRule(name="biases", pattern=BIASES, values={"weight_decay": 0.0}),
     GroupRule(name="vectors", pattern=r"", max_dims=1, values={"weight_decay": 0.0}),
     GroupRule(name="matrices", pattern=r""),
 )
-
-
-EMBEDDINGS = r"(^|[._])(embed|wte|wpe|word_embeddings|lm_head|embed_out|score|classifier)"
-"""Names of embeddings and heads: a row of theirs has a gradient where its token is, or the next
-one; few directions serve all tokens badly, so low-rank methods leave them to the plain rule."""
 
 
 def low_rank_rules(
@@ -139,15 +137,25 @@ def build(
 ) -> tuple[Optimizer, Schedule]:
     """Optimiser and schedule for the trainable ones of the named parameters.
 
-    `views`: which part of each lives here, where not all of it does. `total_steps` counts updates; `seed` is of stochastic rounding, which bf16 weights always get.
-    Raises ConfigError if nothing is trainable or the warm-up is longer than the run.
+    `views`: which part of each lives here, where not all of it does. `total_steps` counts updates;
+    `seed` is of stochastic rounding, which bf16 weights always get, and of random bases.
+    In layer-wise mode the gradients of projected parameters are small from now on. Raises
+    ConfigError if nothing is trainable, a target or rank fits no matrix, or the warm-up is longer
+    than the run.
     """
-    del views  # every rule so far is asked for whole tensors
-    groups = group_parameters(params.items())
-    if not groups:
+    trained = {name: param for name, param in params.items() if param.requires_grad}
+    if not trained:
         raise ConfigError(
             "the model has no trainable parameter: choose an adapter, or train an unquantised base"
         )
+    views = views or {}
+    shapes = {
+        name: views[name].shape if name in views else tuple(param.shape)
+        for name, param in trained.items()
+    }
+    groups = group_parameters(trained.items(), rules=_rules(optim, shapes))
+    split = {trained[name]: view for name, view in views.items() if view.dim is not None}
+    sharded: dict[str, Any] = {"views": split} if split else {}
     rule, codec = rule_and_codec(optim)
     optimizer = Optimizer(
         groups,
@@ -160,7 +168,10 @@ def build(
         momentum=optim.momentum,
         stochastic_rounding=True,
         seed=seed,
+        **sharded,
     )
+    if optim.layerwise:
+        layerwise_(optimizer)
     schedule = Schedule(
         optimizer,
         name=optim.schedule,
@@ -173,6 +184,48 @@ def build(
         floor_ratio=optim.floor_ratio,
     )
     return optimizer, schedule
+
+
+def _rules(optim: Optim, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[GroupRule]:
+    """The default rules; of a low-rank recipe the matrices that it projects stand before them."""
+    low = low_rank(optim)
+    if low is None:
+        return DEFAULT_RULES
+    chosen = [name for name, why in reasons(optim, shapes, low=low).items() if why is None]
+    pattern = f"^(?:{'|'.join(map(re.escape, chosen))})$"
+    projected = GroupRule(
+        name="projected", pattern=pattern, required=True, values=group_values(low)
+    )
+    return (projected, *DEFAULT_RULES)
+
+
+def projection_lines(params: Mapping[str, Tensor], optim: Optim) -> list[str]:
+    """For a report: how much is projected, and what is not and why; empty for the plain rule.
+
+    `params`: the trained parameters by name, whole (their shapes are what is asked).
+    """
+    low = low_rank(optim)
+    if low is None:
+        return []
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    found = reasons(optim, shapes, low=low)
+    rule, codec = rule_and_codec(optim)
+    sums: dict[str | None, tuple[int, int, int]] = {}
+    for name, why in found.items():
+        own = low if why is None else None
+        nbytes = optimizer_nbytes(rule, codec=codec, shapes=[shapes[name]], low_rank=own)
+        count, numel, total = sums.get(why, (0, 0, 0))
+        sums[why] = (count + 1, numel + prod(shapes[name]), total + nbytes)
+    return [
+        f"{_fate(why, low)}: {count} tensors, {numel:,} parameters, state {show_bytes(nbytes)}"
+        for why, (count, numel, nbytes) in sorted(sums.items(), key=lambda item: item[0] or "")
+    ]
+
+
+def _fate(why: str | None, low: LowRank) -> str:
+    if why is not None:
+        return f"not projected, {why}"
+    return f"projected to rank {low.rank} (basis {low.basis}, residual {low.residual})"
 
 
 def summarise(optimizer: Optimizer) -> list[GroupSummary]:

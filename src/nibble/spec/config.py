@@ -21,7 +21,8 @@ MODEL_CONFIG = ConfigDict(
 
 FormatName = Literal["none", "nf4", "fp4", "int8", "hqq", "ternary"]
 AdapterKind = Literal["none", "lora", "dora", "expand"]
-OptimizerName = Literal["adamw", "adamw8bit", "sgd", "adafactor"]
+OptimizerName = Literal["adamw", "adamw8bit", "sgd", "adafactor", "adafactor-momentum", "lion"]
+MethodName = Literal["none", "galore", "galore8bit", "q-galore", "fira", "apollo", "apollo-mini"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 DataFormat = Literal[
     "auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text", "classification"
@@ -155,15 +156,16 @@ class Optim(Section):
     """The update rule and its schedule."""
 
     name: OptimizerName = "adamw"
-    """adamw, adamw8bit (block-wise 8-bit states), sgd, adafactor."""
+    """adamw, adamw8bit (block-wise 8-bit states), sgd, adafactor (also with the first moment),
+    lion."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled; never on biases and norms."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """adamw, adamw8bit."""
+    """adamw, adamw8bit, lion; of adafactor-momentum the first."""
     eps: float = Field(default=1e-8, gt=0)
-    """adamw, adamw8bit, adafactor."""
+    """adamw, adamw8bit, adafactor, adafactor-momentum."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """sgd only."""
     schedule: ScheduleName = "cosine"
@@ -176,6 +178,40 @@ class Optim(Section):
     """The schedule ends at this share of the peak."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Global clipping; null turns it off."""
+    state: Literal["fp32", "bf16", "8bit"] | None = None
+    """How the rule's state is stored (default: as name or method says, else fp32)."""
+    method: MethodName = "none"
+    """Low-rank gradients: galore, galore8bit, q-galore (8-bit states, int4 bases, lazy), fira,
+    apollo, apollo-mini. A row of values for the settings below; what is given there wins."""
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of the projected gradients (default 128 with a method; apollo-mini 1). A rank without a
+    method: a randomised basis, scale 1."""
+    refresh_every: int | None = Field(default=None, ge=1)
+    """Steps between new bases (default 200)."""
+    scale: float | None = Field(default=None, gt=0)
+    """Multiplies the projected updates (galore, q-galore, fira 0.25)."""
+    side: Literal["std", "reverse_std", "left", "right", "full"] | None = None
+    """Which side of a matrix is projected: std the smaller, reverse_std the larger."""
+    basis: Literal["svd", "randomised", "random", "seeded"] | None = None
+    """Where bases come from: the gradient's svd, a sketch of it, or a seed (seeded: never
+    stored)."""
+    basis_storage: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """How bases are stored (default fp32; q-galore int4)."""
+    residual: Literal["none", "fira", "channel", "tensor"] | None = None
+    """What is added of the gradient outside of the basis, or scaled by channel or tensor."""
+    norm_growth: float | None = Field(default=None, ge=0)
+    """Bound on the growth of the residual's norm from step to step (default 1.01; 0: none)."""
+    stagger: bool | None = None
+    """Spread the refreshes over the steps between them (default true)."""
+    lazy_threshold: float | None = Field(default=None, ge=0, lt=1)
+    """Refresh a basis half as often once successive ones are this similar (q-galore 0.4)."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Which matrices are projected: `all-linear` (all but embeddings and heads), names of
+    parameters or modules, or regular expressions."""
+    layerwise: bool = False
+    """Keep only projected gradients: none of a projected matrix outlives its layer's backward."""
+    weights: Literal["float", "int8"] = "float"
+    """Projected weights as floats, or as int8 with scales and stochastic rounding (Q-GaLore)."""
 
 
 class Profile(Section):

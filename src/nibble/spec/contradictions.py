@@ -8,8 +8,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nibble.errors import ConfigError
+
 from .config import Recipe
-from .effects import Predicate, quantised
+from .effects import NO_ADAPTER, Predicate, projects, quantised
+from .methods import low_rank
 from .texts import show
 
 DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
@@ -22,6 +25,28 @@ class Contradiction:
     name: str
     holds: Predicate
     message: Callable[[Recipe], str]
+
+
+def _wrong_projection(r: Recipe) -> str:
+    """What is wrong with the options of the projection, or an empty string."""
+    low = low_rank(r.optim)
+    try:
+        if low is not None:
+            low.check()
+    except ConfigError as error:
+        return f"optim: {error}"
+    return ""
+
+
+def _needs_whole_gradients(r: Recipe) -> str:
+    """The option that layer-wise mode cannot serve, or an empty string."""
+    low = low_rank(r.optim)
+    if not r.optim.layerwise or low is None:
+        return ""
+    if low.residual != "none":
+        of = "" if r.optim.residual else f" (of optim.method={r.optim.method})"
+        return f"optim.residual={low.residual}{of}"
+    return f"optim.basis={low.basis}" if low.basis in ("svd", "seeded") else ""
 
 
 CONTRADICTIONS: tuple[Contradiction, ...] = (
@@ -75,6 +100,37 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         message=lambda r: (
             "train.adapter_precision=bf16 with "
             f"train.precision={r.train.precision}: use fp32 or auto"
+        ),
+    ),
+    Contradiction(
+        name="low rank twice",
+        holds=lambda r: projects(r) and r.adapter.kind not in NO_ADAPTER,
+        message=lambda r: (
+            f"optim.{'rank' if r.optim.method == 'none' else 'method'} with adapter.kind="
+            f"{r.adapter.kind}: an adapter's matrices are of low rank already; use "
+            "adapter.kind=none, or leave the method and rank out"
+        ),
+    ),
+    Contradiction(
+        name="whole gradients, layer by layer",
+        holds=lambda r: bool(_needs_whole_gradients(r)),
+        message=lambda r: (
+            f"optim.layerwise with {_needs_whole_gradients(r)}: it needs whole gradients, which "
+            "layer-wise mode does not keep; use basis randomised or random without a residual, "
+            "or layerwise=false"
+        ),
+    ),
+    Contradiction(
+        name="wrong projection",
+        holds=lambda r: bool(_wrong_projection(r)),
+        message=_wrong_projection,
+    ),
+    Contradiction(
+        name="8-bit states, stored otherwise",
+        holds=lambda r: r.optim.name == "adamw8bit" and r.optim.state not in (None, "8bit"),
+        message=lambda r: (
+            f"optim.name=adamw8bit with optim.state={r.optim.state}: use name=adamw, or "
+            "leave the state out"
         ),
     ),
     Contradiction(

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Recipe
+from .methods import is_low_rank, low_rank
 
 Predicate = Callable[[Recipe], bool]
 
 HQQ, FOUR_BIT = ("hqq",), ("nf4", "fp4")
+NO_ADAPTER = ("none", "expand")
 LOW_RANK = ("lora", "dora")
 
 
@@ -38,6 +40,17 @@ def adapter_kind(*kinds: str) -> Predicate:
 
 def optimizer(*names: str) -> Predicate:
     return lambda r: r.optim.name in names
+
+
+def projects(r: Recipe) -> bool:
+    """Gradients are projected to a low rank."""
+    return is_low_rank(r.optim)
+
+
+def has_residual(r: Recipe) -> bool:
+    """Something of the gradient outside of the basis is used."""
+    low = low_rank(r.optim)
+    return low is not None and low.residual != "none"
 
 
 def causal(r: Recipe) -> bool:
@@ -110,11 +123,21 @@ EFFECT: tuple[Effect, ...] = (
            only="with adapter.kind lora or dora"),
     Effect(path="adapter.num_new_blocks", where=adapter_kind("expand"),
            only="with adapter.kind=expand"),
-    Effect(path="optim.betas", where=optimizer("adamw", "adamw8bit"),
-           only="with optim.name adamw or adamw8bit"),
-    Effect(path="optim.eps", where=optimizer("adamw", "adamw8bit", "adafactor"),
-           only="with optim.name adamw, adamw8bit or adafactor"),
+    Effect(path="optim.betas", where=optimizer("adamw", "adamw8bit", "lion", "adafactor-momentum"),
+           only="with optim.name adamw, adamw8bit, lion or adafactor-momentum"),
+    Effect(path="optim.eps",
+           where=optimizer("adamw", "adamw8bit", "adafactor", "adafactor-momentum"),
+           only="with optim.name adamw, adamw8bit, adafactor or adafactor-momentum"),
     Effect(path="optim.momentum", where=optimizer("sgd"), only="with optim.name=sgd"),
+    *(Effect(path=f"optim.{word}", where=projects, only="with optim.method or optim.rank")
+      for word in ("refresh_every", "scale", "side", "basis", "basis_storage", "residual",
+                   "stagger", "lazy_threshold", "layerwise")),
+    Effect(path="optim.targets", where=projects, neutral=(("all-linear",),),
+           only="with optim.method or optim.rank"),
+    Effect(path="optim.weights", where=projects, neutral=("float",),
+           only="with optim.method or optim.rank"),
+    Effect(path="optim.norm_growth", where=has_residual,
+           only="with an optim.residual, as fira and apollo have one"),
     Effect(path="optim.floor_ratio", where=lambda r: r.optim.schedule != "constant",
            only="with optim.schedule linear or cosine"),
     Effect(path="train.adapter_precision", where=adapter_kind(*LOW_RANK), neutral=("auto",),

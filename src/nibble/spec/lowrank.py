@@ -44,6 +44,8 @@ LAZY_FACTOR = 2
 METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2403.03507
     "galore": {"rule": "adamw", "basis": "svd", "scale": 0.25},
+    # arXiv 2403.03507, section 4: the same with 8-bit states
+    "galore8bit": {"rule": "adamw", "codec": "8bit", "basis": "svd", "scale": 0.25},
     # arXiv 2407.08296; INT8 weights are another matter
     "q-galore": {
         "rule": "adamw",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 _MANY_GPUS = "training on several GPUs is not supported yet: nibble runs on one device"
-_LOW_RANK = "no counterpart here: `nibble recipes --fields` lists optim.method and its settings"
+_LOW_RANK = "no counterpart here: give optim.method and the settings beside it"
 _BLOCKWISE = "not supported yet: use optim.method=galore with optim.layerwise, or an adapter"
 _PREFERENCE = (
     "preference and reinforcement learning are not supported yet: only fine-tuning on examples"

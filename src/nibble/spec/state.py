@@ -33,7 +33,7 @@ from typing import Literal
 from nibble.errors import ConfigError
 from nibble.spec.config import Optim
 from nibble.spec.formats import TensorSpec
-from nibble.spec.lowrank import LowRank
+from nibble.spec.lowrank import METHODS, LowRank
 
 BLOCK = 256
 """Elements of an 8-bit state that share one absmax."""
@@ -94,15 +94,21 @@ _RECIPE_NAMES = {
     "adamw8bit": ("adamw", "8bit"),
     "sgd": ("sgd", "fp32"),
     "adafactor": ("adafactor", "fp32"),
+    "adafactor-momentum": ("adafactor_momentum", "fp32"),
+    "lion": ("lion", "fp32"),
 }
 
 
 def rule_and_codec(optim: Optim) -> tuple[str, str]:
-    """Rule and codec that a recipe's `optim` section means; `sgd` with momentum is its own rule."""
+    """Rule and codec that a recipe's `optim` section means; `sgd` with momentum is its own rule.
+
+    The codec is `optim.state` where that is given, else the method's or the name's.
+    """
     rule, codec = _RECIPE_NAMES[optim.name]
     if rule == "sgd" and optim.momentum > 0:
         rule = "momentum"
-    return rule, codec
+    codec = METHODS.get(optim.method, {}).get("codec", codec)
+    return rule, optim.state or codec
 
 
 def slots(rule: str, *, num_dims: int) -> tuple[Slot, ...]:
