@@ -15,6 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = (
     ("unpacking", ("_unpack_kernel", "dequant")),
     ("int8 tokens", ("_measure_kernel", "_round_kernel", "_rescale_kernel")),
+    (
+        "fused norms, rotary, gates",
+        ("_norm_kernel", "_norm_backward", "_rotate_kernel", "_gate_kernel", "_gate_backward"),
+    ),
     ("attention", ("flash", "fmha", "native_sdpa", "efficient_attention", "scaled_dot")),
     (
         "matmul",

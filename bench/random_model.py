@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from nibble.models import build
 from nibble.nn.adapters import adapt_
+from nibble.nn.fused import fuse_
 from nibble.nn.quant import quantize_
 from nibble.spec.config import Recipe
 from nibble.spec.formats import format_spec
-from nibble.use.assemble import Assembly, adapter_dtype, storage_dtype
+from nibble.use.assemble import Assembly, adapter_dtype, compute_dtype, storage_dtype
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 BLOOM = {
@@ -132,6 +133,8 @@ def assemble_random(recipe: Recipe, *, device: torch.device) -> Assembly:
         dtype=adapter_dtype(recipe),
         generator=torch.Generator().manual_seed(recipe.train.seed),
     )
+    if recipe.train.fused_kernels:
+        fuse_(built.model, built.family.decoder(built.model), dtype=compute_dtype(recipe))
     return Assembly(
         recipe=recipe,
         built=built,

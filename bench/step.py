@@ -1,10 +1,12 @@
 """Speed and memory of nibble's own training step on models of true shape with random weights.
 
-    python bench/step.py CASE [--batches ROWSxTOKENS,...] [--profile] [key=value ...]
+    python bench/step.py CASE [--batches ROWSxTOKENS,...] [--fused on|off|both] [--profile]
+                         [key=value ...]
     python bench/step.py llama3-8b --batches 1x2048,4x2048 --profile train.adapter_precision=bf16
 
 CASE: llama3-8b (QLoRA: nf4, r=16 on all linears), bloom-7b1 (LLM.int8, r=8 on query_key_value),
-tiny-llama, tiny-bloom (for a CPU). key=value changes the case's recipe. What is timed is what
+tiny-llama, tiny-bloom (for a CPU). key=value changes the case's recipe; --fused both prints rows of
+transformers' own layers and of the fast paths. What is timed is what
 `nibble train` runs: the loop's step with its objective, clipping, optimiser and schedule, its model
 put together and filled by the same functions, batches of fresh random tokens copied from the host.
 
@@ -17,6 +19,7 @@ line: device time of one step by kind of kernel. The first line says what was bu
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -56,6 +59,7 @@ from nibble.use.objective import objective
 
 IGNORE = -100
 NUM_SCHEDULED_STEPS = 1000
+FUSED = {"on": (True,), "off": (False,), "both": (False, True)}
 
 
 class RandomSteps:
@@ -97,26 +101,33 @@ def main() -> None:
     case = CASES[options.case]
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), case.config)
-        recipe = _recipe(options, folder)
-        seed_everything(recipe.train.seed)
-        place = one_device(recipe.place)
-        assembly, build_s = _built(recipe, place)
-        about = _about(options, assembly, place)
-        static = torch.cuda.memory_allocated() / GIB if place.device.type == "cuda" else 0.0
-        summary = assembly.summary
-        _say(
-            bench="built",
-            trains=f"{summary.num_trainable:,} of {summary.num_total:,}",
-            build_s=round(build_s, 1),
-            static_gib=round(static, 2),
-            **about,
-            versions=gather_versions(seed=recipe.train.seed) | {"command": None},
-            commit=os.environ.get("NIBBLE_COMMIT"),
-        )
-        run = _run(recipe, assembly, place, Path(folder))
-        for word in options.batches.split(","):
-            rows, length = map(int, word.split("x"))
-            _measure(options, assembly, run, rows=rows, length=length, about=about)
+        for fused in FUSED[options.fused]:
+            _rows(options, _recipe(options, folder, fused=fused), Path(folder))
+            gc.collect()
+
+
+def _rows(options: argparse.Namespace, recipe: Recipe, folder: Path) -> None:
+    """Build the case's model and print its line and those of every batch size."""
+    seed_everything(recipe.train.seed)
+    place = one_device(recipe.place)
+    place.reset_memory()
+    assembly, build_s = _built(recipe, place)
+    about = _about(options, assembly, place)
+    static = torch.cuda.memory_allocated() / GIB if place.device.type == "cuda" else 0.0
+    summary = assembly.summary
+    _say(
+        bench="built",
+        trains=f"{summary.num_trainable:,} of {summary.num_total:,}",
+        build_s=round(build_s, 1),
+        static_gib=round(static, 2),
+        **about,
+        versions=gather_versions(seed=recipe.train.seed) | {"command": None},
+        commit=os.environ.get("NIBBLE_COMMIT"),
+    )
+    run = _run(recipe, assembly, place, folder)
+    for word in options.batches.split(","):
+        rows, length = map(int, word.split("x"))
+        _measure(options, assembly, run, rows=rows, length=length, about=about)
 
 
 def _options() -> argparse.Namespace:
@@ -125,6 +136,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--batches", help="ROWSxTOKENS, ...")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--fused", choices=FUSED, default="on", help="both: a row without, one with"
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=3)
     options = parser.parse_intermixed_args()
@@ -132,10 +146,11 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _recipe(options: argparse.Namespace, folder: str) -> Recipe:
+def _recipe(options: argparse.Namespace, folder: str, *, fused: bool) -> Recipe:
     """The case's recipe with the overrides, for the model whose config.json is in `folder`."""
     words = {section: dict(keys) for section, keys in CASES[options.case].recipe.items()}
     words["model"] = {"path": folder}
+    words["train"] = {**words.get("train", {}), "fused_kernels": fused}
     for override in options.overrides:
         key, _, value = override.partition("=")
         section, _, name = key.partition(".")
@@ -157,6 +172,7 @@ def _about(options: argparse.Namespace, assembly: Assembly, place: Placement) ->
     return {
         "case": options.case,
         "overrides": options.overrides,
+        "fused": assembly.recipe.train.fused_kernels,
         "num_trainable": assembly.summary.num_trainable,
         "device": torch.cuda.get_device_name(place.device)
         if on_gpu
@@ -167,8 +183,13 @@ def _about(options: argparse.Namespace, assembly: Assembly, place: Placement) ->
 def _run(recipe: Recipe, assembly: Assembly, place: Placement, folder: Path) -> _Run:
     """What `run.train` hands to the loop, with nothing to load from and nowhere to report to."""
     model = assembly.model
+    trained = place.trained(model)
     optimizer, schedule = optim.build(
-        model, recipe.optim, total_steps=NUM_SCHEDULED_STEPS, seed=recipe.train.seed
+        trained,
+        recipe.optim,
+        total_steps=NUM_SCHEDULED_STEPS,
+        seed=recipe.train.seed,
+        views={name: place.view(name) for name in trained},
     )
     loss = objective(
         assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens

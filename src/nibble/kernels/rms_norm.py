@@ -23,7 +23,7 @@ NUM_PARTIAL_SUMS = 512
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_kernel(
     x,
     weight,
     y,
@@ -50,7 +50,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     grad,
     x,
     weight,
@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool) -> Ten
         return y
     num_rows, rows, columns, num_warps = _tile(x)
     launch(
-        _forward_kernel,
+        _norm_kernel,
         (triton.cdiv(num_rows, rows),),
         (x, weight, y),
         num_rows,
@@ -131,7 +131,7 @@ def rms_norm_backward(
     )
     if programs:
         launch(
-            _backward_kernel,
+            _norm_backward_kernel,
             (programs,),
             (grad, x, weight, grad_x, partial),
             num_rows,
