@@ -70,6 +70,12 @@ class Placement(Protocol):
         """Fill what the checkpoint calls `name`, quantising on arrival."""
         ...
 
+    def parts(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model in parts, each with its weights on the device while one is at it; all
+        processes together, when every tensor has been loaded.
+        """
+        ...
+
     def check_loaded(self, model: nn.Module, *, initialised: Iterable[Tensor]) -> None:
         """Raise WeightError if a parameter was neither loaded nor `initialised` on purpose."""
         ...

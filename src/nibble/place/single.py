@@ -12,7 +12,7 @@ where it stays with one tensor in between; packed formats are packed by the devi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -107,6 +107,10 @@ class Single:
             )
         target.copy_(value)
         return target
+
+    def parts(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The whole model, which is here."""
+        yield model
 
     def check_loaded(self, model: nn.Module, *, initialised: Iterable[Tensor] = ()) -> None:
         """Raise WeightError naming what was neither loaded nor `initialised` on purpose."""

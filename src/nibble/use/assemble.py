@@ -207,7 +207,8 @@ def fill(
         if advance is not None:
             advance(done, max(total, done))
     reset_parameters_(model, generator=torch.Generator().manual_seed(assembly.recipe.train.seed))
-    finish_loading_(model)
+    for part in place.parts(model):
+        finish_loading_(part)
     fresh = [p for a in adapters(model).values() for p in a.parameters(recurse=False)]
     place.check_loaded(model, initialised=fresh)
     return model
