@@ -189,6 +189,7 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "a share of one device": (
         [{"place": {"kind": "ddp", "device": "cuda:1"}}],
         ["place.kind=ddp", "place.device=cuda:1", "place.num_devices"]),
+    "one row for several GPUs": ([{"place": {"kind": "dp"}}], "splits the rows of a pass"),
     "several GPUs in one process, without a GPU": (
         [{"place": {"kind": "dp", "device": "cpu"}}], ["place.kind=dp", "place.kind=ddp"]),
     "nothing frozen to stream": (

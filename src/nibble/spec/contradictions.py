@@ -193,6 +193,14 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         ),
     ),
     Contradiction(
+        name="one row for several GPUs",
+        holds=lambda r: r.place.kind == "dp" and r.train.micro_batch_size == 1,
+        message=lambda r: (
+            "place.kind=dp with train.micro_batch_size=1: DataParallel splits the rows of a pass; "
+            "use two or more, or place.kind=ddp"
+        ),
+    ),
+    Contradiction(
         name="nothing frozen to stream",
         holds=lambda r: r.place.kind == "stream" and r.adapter.kind == "none",
         message=lambda r: (
