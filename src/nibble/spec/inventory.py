@@ -23,8 +23,8 @@ from nibble.spec.arch import Architecture
 from nibble.spec.arch_types import Parameter
 from nibble.spec.config import Adapter, Recipe
 from nibble.spec.formats import DTYPE_BYTES, FormatSpec, TensorSpec, format_spec
+from nibble.spec.learning import learning
 from nibble.spec.names import covers, meets
-from nibble.spec.state import optimizer_nbytes, rule_and_codec
 
 COMPUTE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -50,6 +50,12 @@ class Inventory:
     trained_by_block: tuple[int, ...]
     """Trained bytes of each block."""
     trained: tuple[TensorSpec, ...]
+    trained_bytes: int
+    """Of the trained tensors as they are stored."""
+    gradient_bytes: int
+    """From backward to the update; as many as are trained, but for layer-wise mode."""
+    passing_gradient_bytes: int
+    """On top of them while backward runs: a whole gradient and sketches in layer-wise mode."""
     optimizer_bytes: int
     num_trainable: int
     num_total: int
@@ -61,11 +67,6 @@ class Inventory:
     largest_tensor: int
     embedding_trained: bool
     head_trained: bool
-
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes of the trained tensors; their gradients take as much."""
-        return sum(tensor.nbytes for tensor in self.trained)
 
     @property
     def base_bytes(self) -> int:
@@ -92,14 +93,13 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
     adapted = _adapted(adapter, architecture, saved)
     codes = scales = weights = 0
     by_block, dense, learnt = (Counter[int | None]() for _ in range(3))
-    trained: list[TensorSpec] = []
+    trained: dict[str, TensorSpec] = {}
     names_trained: set[str] = set()
     for parameter in model.parameters:
         dtype = _trained_dtype(recipe, parameter, saved, added)
         if dtype is not None:
-            trained.append(TensorSpec(shape=parameter.shape, dtype=dtype))
+            trained[parameter.name] = TensorSpec(shape=parameter.shape, dtype=dtype)
             names_trained.add(parameter.kind)
-            learnt[parameter.block] += trained[-1].nbytes
         elif parameter.name in packed and spec is not None:
             tensors = spec.tensors(parameter.matrix)
             codes += tensors["codes"].nbytes
@@ -110,15 +110,17 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
             weights += nbytes
             by_block[parameter.block] += nbytes
             dense[parameter.block] += nbytes
-    low_rank = []
+    block_of = {parameter.name: parameter.block for parameter in model.parameters}
+    num_adapter = 0
     for parameter in architecture.parameters:
-        own = list(_adapter_tensors(recipe, parameter, adapted))
-        low_rank += own
-        learnt[parameter.block] += sum(tensor.nbytes for tensor in own)
-    trained += low_rank
-    rule, codec = rule_and_codec(recipe.optim)
+        for number, tensor in enumerate(_adapter_tensors(recipe, parameter, adapted)):
+            name = f"{parameter.module}.adapter.{number}"
+            trained[name], block_of[name] = tensor, parameter.block
+            num_adapter += prod(tensor.shape)
+    costs = learning(recipe.optim, trained)
+    for name, nbytes in costs.weights.items():
+        learnt[block_of[name]] += nbytes
     sizes = [p.size for p in architecture.parameters]
-    num_adapter = sum(prod(tensor.shape) for tensor in low_rank)
     return Inventory(
         architecture=model,
         spec=spec,
@@ -128,9 +130,12 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         base_by_block=_of_blocks(by_block, model),
         dense_by_block=_of_blocks(dense, model),
         trained_by_block=_of_blocks(learnt, model),
-        trained=tuple(trained),
-        optimizer_bytes=optimizer_nbytes(rule, codec=codec, shapes=[t.shape for t in trained]),
-        num_trainable=sum(prod(tensor.shape) for tensor in trained),
+        trained=tuple(trained.values()),
+        trained_bytes=sum(costs.weights.values()),
+        gradient_bytes=costs.gradients,
+        passing_gradient_bytes=costs.passing + costs.sketches,
+        optimizer_bytes=costs.state,
+        num_trainable=sum(prod(tensor.shape) for tensor in trained.values()),
         num_total=model.num_parameters + num_adapter,
         num_packed=sum(p.size for p in model.parameters if p.name in packed),
         trained_blocks=added,

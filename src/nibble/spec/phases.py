@@ -222,7 +222,10 @@ def _step_moments(run: Run) -> _Moments:
         0 if full else (seen.kept - seen.outside) // max(1, stock.architecture.sizes.num_layers)
     )
     largest = max((tensor.nbytes // 2 for tensor in stock.trained), default=0)
-    block = {"activation_workspace": seen.one_block, "dequantised": seen.dequantised}
+    block = {
+        "activation_workspace": seen.one_block + stock.passing_gradient_bytes,
+        "dequantised": seen.dequantised,
+    }
     return {
         "the loss": {
             "activations_kept": seen.kept,
