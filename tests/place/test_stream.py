@@ -66,7 +66,9 @@ def filled(
     adapt_(built.model, words, dtype=torch.float32, generator=generator)
     model = place.arrange(built, activations=Activations(policy=policy))
     for name, value in reference_weights(built.config).items():
-        place.load(model, name, value)
+        rows = place.rows(model, name)
+        if rows is None or value[rows].numel():
+            place.load(model, name, value)
     reset_parameters_(model, generator=generator)
     for part in place.parts(model):
         finish_loading_(part)
@@ -80,8 +82,11 @@ def filled(
     return model
 
 
-def run(place: Any, model: nn.Module, *, accumulation: int = 1, steps: int = 2) -> dict[str, Any]:
-    """Losses and every gradient of some steps of plain descent, with an evaluation in between."""
+def run(
+    place: Any, model: nn.Module, *, accumulation: int = 1, steps: int = 2, share: int = 1
+) -> dict[str, Any]:
+    """Losses and every gradient of some steps of plain descent, with an evaluation in between;
+    this process adds 1 / share of the loss."""
     found: dict[str, Any] = {}
     torch.manual_seed(1)
     trained = place.trained(model)
@@ -91,7 +96,7 @@ def run(place: Any, model: nn.Module, *, accumulation: int = 1, steps: int = 2) 
             ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(number))
             with place.micro_batch(last=number == accumulation - 1):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                loss.backward()
+                (loss / share).backward()
                 found[f"loss {step} {number}"] = loss.detach()
         for name, parameter in trained.items():
             assert parameter.grad is not None, name

@@ -111,12 +111,18 @@ class Stream(Single):
 
     def _share_memory(self, num_bytes: int) -> None:
         """One memory for the processes of this machine: the first makes it, the others open it."""
-        group = self.group
+        group, refusal = self.group, None
         if group.is_first_here:
             budget = None if self._place.ram is None else parse_bytes(self._place.ram)
             others = PROCESS_BYTES * group.local_world
-            check_host_memory(num_bytes, other_bytes=others, budget_bytes=budget)
-            self.host = HostMemory.create(num_bytes)
+            try:
+                check_host_memory(num_bytes, other_bytes=others, budget_bytes=budget)
+                self.host = HostMemory.create(num_bytes)
+            except PlacementError as error:
+                refusal = str(error)
+        told = group.gather(refusal, "the host memory")
+        if any(told):
+            raise PlacementError(next(words for words in told if words))
         mine = (_machine(), group.local_rank, os.getpid(), self.host.handle if self.host else -1)
         # The nearest first process before this one that is on the same machine.
         for machine, local_rank, process, handle in group.gather(mine, "the host memory")[
