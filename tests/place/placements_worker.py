@@ -27,6 +27,10 @@ from nibble.use.assemble import assemble
 from nibble.use.objective import objective
 
 
+MORE: dict[str, dict[str, Any]] = {"stream": {"resident_blocks": 0}}
+"""What makes a tiny model do what a large one does."""
+
+
 class Recorder:
     """Losses by step, and whole gradients of the steps asked for."""
 
@@ -80,7 +84,7 @@ def train(
 ) -> dict[str, Any]:
     """`steps` steps in all, going on with the checkpoint in `folder` if there is one."""
     words = json.loads(json.dumps(case["recipe"]))
-    words["place"] = {"device": "cpu", "kind": kind}
+    words["place"] = {"device": "cpu", "kind": kind, **MORE.get(kind, {})}
     words["train"]["gradient_accumulation_steps"] = case["accumulation"] * 2 // group.world
     words["train"]["max_steps"] = steps
     recipe = Recipe.model_validate(words)
