@@ -26,7 +26,9 @@ eagerly.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -175,16 +177,12 @@ def packed_attention(
         )
         return output
     rows, heads, length, _ = query.shape
-    group = heads // key.shape[1]
 
-    def flat(x: Tensor, repeat: int) -> Tensor:
-        """[rows, heads, L, dim] -> [rows * L, heads, dim], key heads repeated for each of their
-        query heads.
-        """
-        x = x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3])
-        return x if repeat == 1 else x.repeat_interleave(repeat, dim=1)
+    def flat(x: Tensor) -> Tensor:
+        """[rows, heads, L, dim] -> [rows * L, heads, dim]."""
+        return x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3])
 
-    q, k, v = flat(query, 1), flat(key, group), flat(value, group)
+    q, k, v = flat(query), flat(key), flat(value)
     flat_out = document_attention(
         q,
         k,
@@ -210,19 +208,25 @@ def document_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention inside each document: q, k [tokens, heads, dim], v [tokens, heads, dim_v] ->
-    like v.
+    [tokens, heads of q, dim_v]. k and v may have fewer heads, each for a group of q's.
 
     offsets: int32 [documents + 1]. longest: tokens of the longest document, or a bound on them; it
     only sizes the kernel's launch. window: a token sees itself and the window - 1 before it.
     """
-    if not dropout and has_varlen_kernel(q, v):
+    group = q.shape[1] // k.shape[1]
+    fast = not dropout and has_varlen_kernel(q, v)
+    in_groups = group > 1 and fast and _kernel_takes_groups()
+    if group > 1 and not in_groups:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if fast:
         from torch.nn.attention.varlen import varlen_attn
 
+        words: dict[str, Any] = {"enable_gqa": True} if in_groups else {}
         cuts = offsets.contiguous()
         left = -1 if window is None else window - 1
         out = varlen_attn(
             q.contiguous(), k.contiguous(), v.contiguous(), cuts, cuts, longest, longest,
-            scale=scale, window_size=(left, 0),
+            scale=scale, window_size=(left, 0), **words,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
@@ -241,6 +245,15 @@ def has_varlen_kernel(q: Tensor, v: Tensor) -> bool:
     dim = q.shape[-1]
     half = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and half and dim == v.shape[-1] and dim % 8 == 0 and dim <= FLASH_MAX_HEAD_DIM
+
+
+@cache
+def _kernel_takes_groups() -> bool:
+    """Whether torch's kernel reads each key head once for its group of query heads; otherwise they
+    are copied."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _one_document(
