@@ -197,24 +197,34 @@ class Meeting:
 
     def _rendezvous(self) -> tuple[Any, int, int]:
         if self._handler is None:
-            from torch.distributed.elastic.rendezvous import RendezvousParameters
-            from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-
-            nodes = self.nodes
-            self._handler = get_rendezvous_handler(
-                RendezvousParameters(
-                    backend="c10d",
-                    endpoint=f"{nodes.host}:{nodes.port}",
-                    run_id="nibble",
-                    min_nodes=nodes.least,
-                    max_nodes=nodes.most,
-                    local_addr=own_address(nodes.host, nodes.port),
-                    join_timeout=int(self._timeout_s) or 1,
-                    is_host=_is_here(nodes.host),
-                )
-            )
+            here = _is_here(self.nodes.host)
+            try:
+                self._handler = self._make_handler(holds_store=here)
+            except Exception:  # the library's, of many kinds
+                if not here:
+                    raise
+                # Another process of this machine holds the store already.
+                self._handler = self._make_handler(holds_store=False)
         found = self._handler.next_rendezvous()
         return found.store, found.rank, found.world_size
+
+    def _make_handler(self, *, holds_store: bool) -> Any:
+        from torch.distributed.elastic.rendezvous import RendezvousParameters
+        from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+        nodes = self.nodes
+        return get_rendezvous_handler(
+            RendezvousParameters(
+                backend="c10d",
+                endpoint=f"{nodes.host}:{nodes.port}",
+                run_id="nibble",
+                min_nodes=nodes.least,
+                max_nodes=nodes.most,
+                local_addr=own_address(nodes.host, nodes.port),
+                join_timeout=max(1, int(self._timeout_s)),
+                is_host=holds_store,
+            )
+        )
 
     def _get(self, key: str, what: str) -> str:
         until = time.monotonic() + self._timeout_s
@@ -270,7 +280,8 @@ class Meeting:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
