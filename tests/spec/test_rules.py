@@ -14,6 +14,7 @@ from nibble.spec.words import look_up
 LORA = {"adapter": {"kind": "lora"}}
 FILE = {"data": {"train": [{"path": "a.jsonl"}]}}
 TEXT = {"data": {"train": [{"path": "a.txt", "format": "text"}]}}
+STREAM = {"data": {"streaming": True}, "train": {"max_tokens": 1000}}
 CLASSES = {"model": {"path": "m", "task": "classification"}}
 
 
@@ -38,6 +39,12 @@ EFFECTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "model.revision": ([{"model": {"path": "./m", "revision": "x"}}],
                        [{"model": {"path": "a/m", "revision": "x"}}]),
     "model.num_labels": ([{"model": {"num_labels": 2}}], [CLASSES, {"model": {"num_labels": 2}}]),
+    "model.vocab_size": ([{"model": {"vocab_size": 9}}],
+                         [{"model": {"vocab_size": 9, "from_scratch": True}}]),
+    "data.too_long": ([STREAM, {"data": {"too_long": "drop"}}], [{"data": {"too_long": "drop"}}]),
+    "data.eval_rows": ([STREAM, {"data": {"eval_rows": 9}}], [{"data": {"eval_rows": 9}}]),
+    "data.cache_dir": ([STREAM, {"data": {"cache_dir": "c"}}], [{"data": {"cache_dir": "c"}}]),
+    "data.eval_tokens": ([{"data": {"eval_tokens": 9}}], [STREAM, {"data": {"eval_tokens": 9}}]),
     "data.packing": ([CLASSES, {"data": {"packing": True}}], [{"data": {"packing": True}}]),
     "data.loss_on": ([TEXT, {"data": {"loss_on": "answers"}}], [{"data": {"loss_on": "answers"}}]),
     "data.chat_template": ([CLASSES, {"data": {"chat_template": "a.jinja"}}],
@@ -155,6 +162,13 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "Triton on a CPU": (
         [LORA, QUANT, {"quant": {"kernels": "triton"}, "place": {"device": "cpu"}}],
         ["quant.kernels=triton", "place.device=cpu"]),
+    "a shape without weights": ([{"model": {"path": "builtin:llama-9m"}}],
+                                ["builtin:llama-9m", "from_scratch=true"]),
+    "two ends": ([{"train": {"max_steps": 3, "max_tokens": 9}}],
+                 ["train.max_steps=3", "train.max_tokens=9"]),
+    "a stream without an end": ([{"data": {"streaming": True}}],
+                                ["data.streaming", "train.max_tokens"]),
+    "a stream of classes": ([CLASSES, STREAM], ["data.streaming", "classification"]),
     "low rank twice": ([LORA, {"optim": {"method": "galore"}}],
                        ["optim.method", "adapter.kind=lora"]),
     "whole gradients, layer by layer": (

@@ -70,6 +70,8 @@ def build(model: Model, *, dtype: torch.dtype, attention: str = "sdpa") -> Built
     config, quantization = load_config(path, trust_remote_code=model.trust_remote_code)
     if path.is_dir() and not model.from_scratch:
         refuse_pickle(path)
+    if model.vocab_size is not None:
+        config.vocab_size = model.vocab_size
     if model.task == "classification" and model.num_labels is not None:
         config.num_labels = model.num_labels
         if model.num_labels == 1:

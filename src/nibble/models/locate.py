@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nibble.errors import ConfigError, WeightError
+from nibble.models.builtin import builtin_folder
+from nibble.spec.builtin_models import is_builtin
 
 ALLOWED_FILES = [
     "*.safetensors",
@@ -30,11 +32,20 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def locate(path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
+def locate(
+    path: str,
+    *,
+    revision: str | None = None,
+    with_code: bool = False,
+    with_weights: bool = True,
+) -> Path:
     """The local folder or .gguf file of a model, downloading a hub id where need be.
 
-    Raises WeightError for what is neither there nor a hub id, and for a download that fails.
+    `with_weights` false downloads no weights, for a tokenizer. Raises WeightError for what is
+    neither there nor a hub id, and for a download that fails.
     """
+    if is_builtin(path):
+        return builtin_folder(path)
     local = Path(path).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         if revision is not None:
@@ -51,7 +62,8 @@ def locate(path: str, *, revision: str | None = None, with_code: bool = False) -
         raise WeightError(
             f"{path} does not exist: give a folder, a .gguf file or a hub id such as org/name"
         )
-    return _download(path, revision=revision, with_code=with_code)
+    patterns = ALLOWED_FILES if with_weights else ALLOWED_FILES[1:]
+    return _download(path, revision=revision, patterns=[*patterns, *(["*.py"] * with_code)])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,10 +100,9 @@ def refuse_pickle(folder: Path) -> None:
     raise WeightError(f"{folder} holds no .safetensors file: there are no weights to read")
 
 
-def _download(hub_id: str, *, revision: str | None, with_code: bool) -> Path:
+def _download(hub_id: str, *, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*ALLOWED_FILES, "*.py"] if with_code else ALLOWED_FILES
     try:
         folder = snapshot_download(
             hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES

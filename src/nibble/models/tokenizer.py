@@ -13,6 +13,7 @@ from typing import Any
 from nibble.errors import WeightError
 from nibble.models.gguf_cache import read_tokenizer
 from nibble.models.locate import locate
+from nibble.spec.builtin_models import DEFAULT_TOKENIZER, is_builtin
 from nibble.spec.config import Model
 
 PAD_CANDIDATES = (
@@ -34,9 +35,14 @@ def load_tokenizer(model: Model, *, num_embeddings: int | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    named = model.tokenizer or model.path
-    revision = None if model.tokenizer else model.revision
-    path = locate(named, revision=revision, with_code=model.trust_remote_code)
+    named = model.tokenizer or (DEFAULT_TOKENIZER if is_builtin(model.path) else model.path)
+    own = named == model.path
+    path = locate(
+        named,
+        revision=model.revision if own else None,
+        with_code=model.trust_remote_code,
+        with_weights=own and not model.from_scratch,
+    )
     try:
         if path.suffix == ".gguf":
             tokenizer = read_tokenizer(path)

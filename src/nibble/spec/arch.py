@@ -23,6 +23,7 @@ from typing import Any, Literal
 from nibble.errors import PlanError, WeightError
 from nibble.spec.arch_families import FAMILIES, head_of
 from nibble.spec.arch_types import BlockStyle, ConfigReader, Kind, Parameter, Sizes
+from nibble.spec.builtin_models import config_of, is_builtin
 from nibble.spec.config import Model
 from nibble.spec.headers import TensorHeader, read_config, read_gguf, read_headers
 
@@ -103,8 +104,10 @@ def architecture(model: Model, *, num_labels: int | None = None) -> Architecture
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf":
         return from_gguf(path)
+    if is_builtin(model.path):
+        return from_config(_resized(config_of(model.path), model))
     folder = path if path.is_dir() else cached_snapshot(model.path, revision=model.revision)
-    config = read_config(folder)
+    config = _resized(read_config(folder), model)
     labels = None
     if model.task == "classification":
         labels = num_labels or model.num_labels or _labels_of(config)
@@ -118,6 +121,11 @@ def architecture(model: Model, *, num_labels: int | None = None) -> Architecture
             f"({', '.join(FAMILIES)}) and its shapes cannot be read from weights: {error}"
         ) from None
     return from_headers(config, headers)
+
+
+def _resized(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The configuration with the vocabulary that the recipe gives it."""
+    return config if model.vocab_size is None else {**config, "vocab_size": model.vocab_size}
 
 
 def from_config(config: Mapping[str, Any], *, num_labels: int | None = None) -> Architecture:

@@ -43,17 +43,22 @@ class Model(Section):
     """Which model, and how its code and tokenizer are found."""
 
     path: str
-    """A folder, a .gguf file, or a hub id such as `meta-llama/Llama-3.1-8B`."""
+    """A folder, a .gguf file, a hub id such as `meta-llama/Llama-3.1-8B`, or a shape to pretrain:
+    builtin:llama-9m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). Only for hub ids."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer, if it does not lie with the model."""
+    """Folder or hub id of the tokenizer, if it does not lie with the model; builtin:bytes takes
+    bytes (default of a built-in shape: t5-base of the hub)."""
     task: Task = "causal-lm"
     """`causal-lm`, or `classification` of whole sequences (GLUE)."""
     num_labels: int | None = Field(default=None, ge=1)
     """Classes of a classification head; 1 is regression. Taken from the data when not given."""
     from_scratch: bool = False
     """Initialise the weights at random from config.json instead of reading them."""
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Rows of a random embedding and head (default: config.json's; of a built-in shape the
+    tokenizer's, rounded up)."""
     trust_remote_code: bool = False
     """Run model code that the checkpoint brings. Off unless you say so."""
 
@@ -148,6 +153,12 @@ class Data(Section):
     """A system message put before conversations that have none."""
     shuffle: bool = True
     """New order each epoch, a pure function of seed and epoch."""
+    streaming: bool = False
+    """Read and tokenise texts while training, joined end to end and cut into rows of max_length:
+    for data that should not be tokenised beforehand."""
+    eval_tokens: int | None = Field(default=None, ge=1)
+    """streaming: how much is held out, of data.eval, or else the beginning of data.train (default
+    1,000,000 with data.eval)."""
     cache_dir: str | None = None
     """Where tokenised rows are kept, addressed by content (default: the user's cache folder)."""
 
@@ -238,9 +249,11 @@ class Train(Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Passes in one update. Weighted by tokens: k passes equal one large one."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data; or give max_steps."""
+    """Passes over the data; or give max_steps or max_tokens."""
     max_steps: int | None = Field(default=None, ge=1)
     """Updates; wins over epochs."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens to train on, a budget instead of epochs or max_steps; rounded up to whole steps."""
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     """`full` keeps each block's input and computes the rest again in backward; `selective` also
     keeps what is dear to compute and small (attention's output); `none` keeps all."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nibble.errors import ConfigError
 
+from .builtin_models import is_builtin
 from .config import Recipe
 from .effects import NO_ADAPTER, Predicate, projects, quantised
 from .methods import low_rank
@@ -131,6 +132,40 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         message=lambda r: (
             f"optim.name=adamw8bit with optim.state={r.optim.state}: use name=adamw, or "
             "leave the state out"
+        ),
+    ),
+    Contradiction(
+        name="a shape without weights",
+        holds=lambda r: is_builtin(r.model.path) and not r.model.from_scratch,
+        message=lambda r: (
+            f"model.path={r.model.path} is a shape and has no weights: set "
+            "model.from_scratch=true, or name a model"
+        ),
+    ),
+    Contradiction(
+        name="two ends",
+        holds=lambda r: r.train.max_steps is not None and r.train.max_tokens is not None,
+        message=lambda r: (
+            f"train.max_steps={r.train.max_steps} and train.max_tokens={r.train.max_tokens} both "
+            "end the run: keep one"
+        ),
+    ),
+    Contradiction(
+        name="a stream without an end",
+        holds=lambda r: (
+            r.data.streaming and r.train.max_steps is None and r.train.max_tokens is None
+        ),
+        message=lambda r: (
+            "data.streaming without train.max_tokens or train.max_steps: nobody knows how long "
+            "a stream is; give one of them"
+        ),
+    ),
+    Contradiction(
+        name="a stream of classes",
+        holds=lambda r: r.data.streaming and r.model.task == "classification",
+        message=lambda r: (
+            "data.streaming with model.task=classification: only texts are streamed; use "
+            "streaming=false"
         ),
     ),
     Contradiction(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .builtin_models import is_builtin
 from .config import Recipe
 from .methods import is_low_rank, low_rank
 
@@ -63,11 +64,12 @@ def quantised(r: Recipe) -> bool:
 
 def has_answers(r: Recipe) -> bool:
     """Whether some training source may have a prompt and an answer."""
-    return causal(r) and not (r.data.train and all(s.format == "text" for s in r.data.train))
+    texts = r.data.train and all(s.format == "text" for s in r.data.train)
+    return causal(r) and not r.data.streaming and not texts
 
 
 def held_out(r: Recipe) -> bool:
-    return bool(r.data.eval) or r.data.eval_rows is not None
+    return bool(r.data.eval) or any((r.data.eval_rows, r.data.eval_tokens))
 
 
 def wandb(r: Recipe) -> bool:
@@ -76,7 +78,8 @@ def wandb(r: Recipe) -> bool:
 
 def hub_model(r: Recipe) -> bool:
     path = r.model.path
-    return not path.endswith(".gguf") and not path.startswith((".", "/", "~", "\\"))
+    local = path.endswith(".gguf") or path.startswith((".", "/", "~", "\\"))
+    return not local and not is_builtin(path)
 
 
 def placement(*kinds: str) -> Predicate:
@@ -93,7 +96,14 @@ EFFECT: tuple[Effect, ...] = (
     Effect(path="model.revision", where=hub_model, only="for a hub id in model.path"),
     Effect(path="model.num_labels", where=lambda r: not causal(r),
            only="with model.task=classification"),
-    Effect(path="data.packing", where=causal, only="with model.task=causal-lm"),
+    Effect(path="model.vocab_size", where=lambda r: r.model.from_scratch,
+           only="with model.from_scratch"),
+    Effect(path="data.packing", where=lambda r: causal(r) and not r.data.streaming,
+           only="with model.task=causal-lm, and without data.streaming, which fills rows anyway"),
+    *(Effect(path=f"data.{word}", where=lambda r: not r.data.streaming, neutral=neutral,
+             only="without data.streaming")
+      for word, neutral in (("too_long", ("truncate",)), ("eval_rows", ()), ("cache_dir", ()))),
+    Effect(path="data.eval_tokens", where=lambda r: r.data.streaming, only="with data.streaming"),
     Effect(path="data.loss_on", where=has_answers, neutral=("all",),
            only="for causal-lm data with prompts and answers (text is trained whole)"),
     Effect(path="data.chat_template", where=has_answers, only="for causal-lm conversations"),
@@ -142,9 +152,11 @@ EFFECT: tuple[Effect, ...] = (
            only="with optim.schedule linear or cosine"),
     Effect(path="train.adapter_precision", where=adapter_kind(*LOW_RANK), neutral=("auto",),
            only="with adapter.kind lora or dora"),
-    Effect(path="train.epochs", where=lambda r: r.train.max_steps is None,
-           only="without train.max_steps, which decides"),
-    Effect(path="train.eval_every", where=held_out, only="with data.eval or data.eval_rows"),
+    Effect(path="train.epochs",
+           where=lambda r: r.train.max_steps is None and r.train.max_tokens is None,
+           only="without train.max_steps and train.max_tokens, which decide"),
+    Effect(path="train.eval_every", where=held_out,
+           only="with data.eval, data.eval_rows or data.eval_tokens"),
     Effect(path="train.loss_chunk_tokens", where=causal, only="with model.task=causal-lm"),
     Effect(path="place.vram", where=lambda r: r.place.device != "cpu", only="on a GPU"),
     Effect(path="place.shard", where=placement("fsdp"), neutral=("full",),

@@ -103,8 +103,6 @@ REFUSED: dict[str, str] = {
     "bnb_config_kwargs*": "give quant.format, quant.double_quant or quant.int8_threshold",
     "qat*": "quantisation-aware training is not supported yet: remove it",
     # Data
-    "streaming": "streaming data sets are not supported yet: remove it",
-    "pretraining_dataset": "give data.train with format text",
     "dataset_dir": "give the path of each file in data.train",
     "dataset_text_field": "give data.train.columns={text: COLUMN}",
     "dataset_test_split": "give data.eval as a source with its split",

@@ -53,6 +53,21 @@ def axolotl_datasets(path: str) -> Translator:
     return translate
 
 
+def pretraining_dataset(value: Any, layer: Layer) -> Iterator[Claim]:
+    """axolotl's text to stream: a path, or a list of {path, name, split, text_column}."""
+    found = []
+    for entry in value if isinstance(value, list) else [value]:
+        source = {"path": entry} if isinstance(entry, str) else dict(entry)
+        column = source.pop("text_column", "text")
+        source.pop("type", None)
+        if left := set(source) - {"path", "name", "split"}:
+            raise Refused(f"{', '.join(sorted(left))} has no counterpart: path, name, split")
+        columns = {} if column == "text" else {"columns": {"text": column}}
+        found.append({**source, "format": "text", **columns})
+    yield Claim("data.train", found)
+    yield Claim("data.streaming", True)
+
+
 def _axolotl_source(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping) or "path" not in entry:
         raise Refused(f"{show(entry)} has no path")

@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .builtin_models import BUILTIN, SHAPES
 from .methods import ALL_MATRICES
 from .texts import show
 from .words import Claim, Layer, Refused, Translator
 
 NAMES = re.compile(
-    r"(?P<method>galore|apollo|q_galore)_(?P<rule>adamw|adafactor)(?P<bits>_?8bit)?(?P<mode>_layerwise)?"
+    r"(?P<method>galore|apollo|q_galore)_(?P<rule>adamw|adafactor)(?P<bits>_?8bit)?(?P<mode>_layerwise|_per_layer)?"
 )
 OPTIONS = {"rank": "rank", "update_proj_gap": "refresh_every", "scale": "scale",
            "proj_type": "side"}  # fmt: skip
@@ -127,3 +128,12 @@ def of_adapter_or_projection(word: str) -> Translator:
         yield Claim(f"{'optim' if low else 'adapter'}.{word}", value)
 
     return translate
+
+
+def galore_shape(value: Any, layer: Layer) -> Iterator[Claim]:
+    """GaLore's `configs/llama_60m.json`: the built-in shape, from scratch."""
+    name = str(value).rpartition("/")[2].removesuffix(".json").replace("_", "-")
+    if name not in SHAPES:
+        raise Refused(f"{show(value)} is not one of the shapes {', '.join(SHAPES)}")
+    yield Claim("model.path", f"{BUILTIN}{name}")
+    yield Claim("model.from_scratch", True)

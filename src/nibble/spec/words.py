@@ -27,6 +27,8 @@ RIVALS = (
     ("optim.warmup_steps", "optim.warmup_ratio"),
     ("data.eval", "data.eval_rows"),
     ("train.max_steps", "train.epochs"),
+    ("train.max_tokens", "train.epochs"),
+    ("train.max_tokens", "train.max_steps"),
 )
 
 

@@ -187,8 +187,9 @@ def changed_fields(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     before, now = (
         _flat(Recipe.model_validate(recipe_dict(one)).model_dump(mode="json")) for one in (old, new)
     )
-    if now["model.num_labels"] is None:
-        now["model.num_labels"] = before["model.num_labels"]  # settled by the data
+    for settled in ("model.num_labels", "model.vocab_size"):  # by the data and the tokenizer
+        if now[settled] is None:
+            now[settled] = before[settled]
     return [
         (name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())

@@ -31,7 +31,8 @@ from nibble.nn.fused import fuse_
 from nibble.nn.quant import PackedWeight, quantize_
 from nibble.place.activations import Activations
 from nibble.place.base import Placement
-from nibble.spec.config import Recipe
+from nibble.spec.builtin_models import is_builtin, rounded_vocabulary
+from nibble.spec.config import Model, Recipe
 from nibble.spec.formats import FormatSpec, format_spec
 from nibble.weights import Stream, open_weights, stream
 
@@ -113,12 +114,17 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     words = recipe.model
     if words.task == "classification" and words.num_labels is None and num_labels is not None:
         words = words.model_copy(update={"num_labels": num_labels})
+    words = _with_vocabulary(words)
+    recipe = recipe.model_copy(update={"model": words})
     built = build(words, dtype=storage_dtype(recipe))
     model = built.model
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     tokenizer = load_tokenizer(words, num_embeddings=embeddings.num_embeddings)
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = chat_template(tokenizer, override=recipe.data.chat_template)
+    if is_builtin(words.path):
+        built.config.bos_token_id = tokenizer.bos_token_id
+        built.config.eos_token_id = tokenizer.eos_token_id
     if words.task == "classification":
         # A decoder classifies by the last token that is no padding: it must know what pads here.
         built.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -169,6 +175,14 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
         weights=weights,
         trained_names=trained,
     )
+
+
+def _with_vocabulary(words: Model) -> Model:
+    """A built-in shape with as many embedding rows as its tokenizer asks for."""
+    if not is_builtin(words.path) or words.vocab_size is not None:
+        return words
+    largest = max(load_tokenizer(words).get_vocab().values())
+    return words.model_copy(update={"vocab_size": rounded_vocabulary(largest + 1)})
 
 
 def _stored_format(
