@@ -47,6 +47,10 @@ class Single:
         self._trained: dict[str, nn.Parameter] = {}
         self.reducer: Reducer | None = None
         """What adds gradients over the processes, from the first step on."""
+        if self.device.type == "cuda":
+            # Memory is asked about, and kernels are launched, on the present device.
+            torch.cuda.init()
+            torch.cuda.set_device(self.device)
         if place.vram is not None:
             cap_vram(self.device, parse_bytes(place.vram))
 
