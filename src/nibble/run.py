@@ -181,6 +181,9 @@ def _model_and_data(recipe: Recipe, group: Group, report: Report) -> tuple[Assem
     report.note(
         f"trains {summary.num_trainable:,} of {summary.num_total:,} parameters ({share:.2%})"
     )
+    if assembly.fused is not None and assembly.fused.lacking:
+        lacking = ", ".join(assembly.fused.lacking)
+        report.note(f"no fast path for {lacking}: they run as transformers wrote them")
     learnt = {name: p for name, p in assembly.model.named_parameters() if p.requires_grad}
     for line in optim.projection_lines(learnt, recipe.optim):
         report.note(line)

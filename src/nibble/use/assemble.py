@@ -27,7 +27,7 @@ from nibble.nn.adapters import (
     summarise,
 )
 from nibble.nn.expand import Expansion, expand_
-from nibble.nn.fused import fuse_
+from nibble.nn.fused import FusedSummary, fuse_
 from nibble.nn.quant import PackedWeight, quantize_
 from nibble.place.activations import Activations
 from nibble.place.base import Placement
@@ -59,6 +59,8 @@ class Assembly:
     summary: AdapterSummary
     weights: Stream | None
     trained_names: frozenset[str]
+    fused: FusedSummary | None = None
+    """What took fast paths; None if the recipe wants none."""
 
     @property
     def model(self) -> nn.Module:
@@ -159,8 +161,9 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     else:
         model.requires_grad_(False)
         summary = summarise(model, "none")
+    fused = None
     if recipe.train.fused_kernels:
-        fuse_(model, built.family.decoder(model), dtype=compute_dtype(recipe))
+        fused = fuse_(model, built.family.decoder(model), dtype=compute_dtype(recipe))
     is_trained_whole = recipe.adapter.kind == "none" and spec is None
     trained = frozenset(
         name for name, p in model.named_parameters() if p.requires_grad or is_trained_whole
@@ -174,6 +177,7 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
         summary=summary,
         weights=weights,
         trained_names=trained,
+        fused=fused,
     )
 
 
