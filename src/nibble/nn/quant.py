@@ -85,9 +85,11 @@ class QuantLinear(nn.Module):
         """As `nn.adapted.Base` has it."""
         self._chosen: dict[str, tuple[Unpack, Matmul | None]] = {}
         stored = spec.tensors(self.shape)
-        self._names = tuple(stored)
+        self._types: dict[str, torch.dtype] = {
+            name: getattr(torch, tensor.dtype) for name, tensor in stored.items()
+        }
         for name, tensor in stored.items():
-            empty = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
+            empty = torch.empty(tensor.shape, dtype=self._types[name], device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         held = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if held is None else nn.Parameter(held, requires_grad=False)
@@ -97,9 +99,17 @@ class QuantLinear(nn.Module):
         """(out, in) of the dense weight."""
         return self.out_features, self.in_features
 
+    def stored(self) -> dict[str, nn.Parameter]:
+        """The parameters that hold the packed tensors; sharding may have them under other types."""
+        return {name: self.get_parameter(name) for name in self._types}
+
     def packed(self) -> dict[str, Tensor]:
-        """The packed tensors by name, as parameters of this module."""
-        return {name: getattr(self, name) for name in self._names}
+        """The packed tensors by name, of the format's types: the parameters, or views of them."""
+        held = {name: getattr(self, name) for name in self._types}
+        return {
+            name: tensor if tensor.dtype == dtype else tensor.detach().view(dtype)
+            for (name, tensor), dtype in zip(held.items(), self._types.values(), strict=True)
+        }
 
     def forward(self, x: Tensor, update: LowRank | None = None) -> Tensor:
         """[..., in] to [..., out], in the type of x; with an adapter's update added if given."""
@@ -180,7 +190,7 @@ class QuantLinear(nn.Module):
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         """Move packed tensors with the module, but never let them change type (`half()`,
         `to(dtype)`)."""
-        packed = list(self.packed().values())
+        packed = list(self.stored().values())
 
         def guarded(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)

@@ -26,7 +26,7 @@ from nibble.nn.adapters import locate
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.optim import clip_grad_norm_
 from nibble.optim.shards import ShardView, whole
-from nibble.place.activations import Activations, checkpoint_
+from nibble.place.activations import Activations, Checkpointed, checkpoint_
 from nibble.place.base import Memory, host_peak_bytes
 from nibble.place.devices import cap_vram, pick_device
 from nibble.place.group import Group
@@ -45,6 +45,8 @@ class Single:
         self._seen: set[str] = set()
         self._views: dict[str, ShardView] = {}
         self._trained: dict[str, nn.Parameter] = {}
+        self.checkpointed = Checkpointed()
+        """What blocks compute again, and the host memory that holds activations."""
         self.reducer: Reducer | None = None
         """What adds gradients over the processes, from the first step on."""
         if self.device.type == "cuda":
@@ -57,15 +59,19 @@ class Single:
     def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
         """Empty storage on the device for every parameter and buffer; blocks wrapped as asked."""
         model = built.model
-        materialise(model, device=self.device)
+        self._allocate(built)
         blocks = [block for _, block in built.family.blocks(model)]
-        checkpoint_(blocks, policy=activations.policy)
+        self.checkpointed = checkpoint_(blocks, activations)
         self._seen = set()
         stored = set(model.state_dict(keep_vars=True))
         buffers = ((n, b) for n, b in model.named_buffers() if n in stored)
         # By identity: tied parameters are one tensor with two names.
         self._unfilled = {id(t): name for name, t in (*model.named_parameters(), *buffers)}
         return model
+
+    def _allocate(self, built: Built) -> None:
+        """Storage on the device for the whole model."""
+        materialise(built.model, device=self.device)
 
     def rows(self, model: nn.Module, name: str) -> slice | None:
         """All of them: there is one process."""
@@ -86,13 +92,17 @@ class Single:
             owner, leaf = locate(model, name)
         except KeyError:
             raise WeightError(f"{name} is in the checkpoint but not in the model") from None
+        for tensor in self._fill(owner, leaf, name, value):
+            self._unfilled.pop(id(tensor), None)
+
+    def _fill(
+        self, owner: nn.Module, leaf: str, name: str, value: Tensor | PackedWeight
+    ) -> Sequence[Tensor]:
+        """Put a value where it belongs; returns the parameters and buffers that hold it now."""
         if isinstance(owner, QuantLinear) and leaf == "weight":
             owner.load_(value)
-            filled = list(owner.packed().values())
-        else:
-            filled = [self._copy(owner, leaf, name, value)]
-        for tensor in filled:
-            self._unfilled.pop(id(tensor), None)
+            return list(owner.stored().values())
+        return [self._copy(owner, leaf, name, value)]
 
     def _copy(self, owner: nn.Module, leaf: str, name: str, value: Tensor | PackedWeight) -> Tensor:
         own: dict[str, Tensor | None] = {**owner._buffers, **owner._parameters}
