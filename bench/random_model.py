@@ -72,6 +72,20 @@ CASES = {
         recipe=QLORA,
         batches="1x2048,4x2048",
     ),
+    "llama2-70b": Case(
+        config={
+            **LLAMA,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "max_position_embeddings": 4096,
+        },
+        recipe=QLORA,
+        batches="4x2048,1x2048,1x512",
+    ),
     "bloom-7b1": Case(
         config={**BLOOM, "hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880},
         recipe=INT8,
