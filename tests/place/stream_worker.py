@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_stream import filled, run
+from test_streamed import filled, run
 
 from nibble.errors import PlacementError
 from nibble.place.group import Group
