@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import start
 from stream_worker import CASES
-from test_stream import CPU, filled, run, same
+from test_streamed import CPU, filled, run, same
 
 from nibble.place import placement
 from nibble.place.group import Group
