@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nibble.place.activations import Recomputed, checkpoint_
+from nibble.place.activations import Activations, Recomputed, checkpoint_
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ def gradients(blocks: nn.ModuleList, x: Tensor) -> list[Tensor]:
 def test_gradients_are_the_same(dropout: float, leaf: bool) -> None:
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(2), requires_grad=leaf)
     plain, wrapped = net(dropout), net(dropout)
-    assert checkpoint_(list(wrapped), policy="full") == 4
+    assert checkpoint_(list(wrapped), Activations()).num_recomputed == 4
     expected = gradients(plain, x)
     after_plain = torch.get_rng_state()
     found = gradients(wrapped, x)
@@ -77,15 +77,15 @@ def saved_elements(blocks: nn.ModuleList, x: Tensor) -> int:
 def test_only_the_inputs_are_kept() -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
     plain, wrapped = net(0.4), net(0.4)
-    checkpoint_(list(wrapped), policy="full")
+    checkpoint_(list(wrapped), Activations())
     assert saved_elements(wrapped, x) < saved_elements(plain, x) / 2
 
 
 def test_evaluation_is_not_wrapped_and_wrapping_twice_is_once() -> None:
     blocks = net(0.0)
-    checkpoint_(list(blocks), policy="full")
+    checkpoint_(list(blocks), Activations())
     first = [b.forward for b in blocks]
-    checkpoint_(list(blocks), policy="full")
+    checkpoint_(list(blocks), Activations())
     assert [b.forward for b in blocks] == first
     assert not any(isinstance(f.forward, Recomputed) for f in first)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_evaluation_is_not_wrapped_and_wrapping_twice_is_once() -> None:
 
 def test_none_leaves_the_blocks_alone() -> None:
     blocks = net(0.0)
-    assert checkpoint_(list(blocks), policy="none") == 0
+    assert checkpoint_(list(blocks), Activations(policy="none")).num_recomputed == 0
     assert not any(isinstance(b.forward, Recomputed) for b in blocks)
 
 
@@ -113,7 +113,7 @@ def test_transformers_blocks_with_caches_and_masks() -> None:
     for policy in ("none", "full"):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).train()
-        checkpoint_(list(model.model.layers), policy=policy)
+        checkpoint_(list(model.model.layers), Activations(policy=policy))
         out = model(input_ids=ids, attention_mask=mask, use_cache=False)
         torch.manual_seed(5)
         out = model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -157,7 +157,7 @@ def test_the_last_linear_is_not_multiplied_again(monkeypatch: pytest.MonkeyPatch
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 nn.init.normal_(parameter, std=0.1)
-        checkpoint_(list(model.model.layers), policy=policy)
+        checkpoint_(list(model.model.layers), Activations(policy=policy))
         num_unpacked = 0
         model(input_ids=ids, use_cache=False).logits.pow(2).mean().backward()
         counts.append(num_unpacked)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nibble.nn.adapters import adapt_
 from nibble.nn.quant import quantize_
-from nibble.place.activations import checkpoint_
+from nibble.place.activations import Activations, checkpoint_
 from nibble.spec.activations import (
     Work,
     checkpointed_bytes,
@@ -156,7 +156,7 @@ def test_adapted_llama_keeps_what_the_list_says(
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3_text"])
 def test_checkpointing_keeps_the_inputs(name: str) -> None:
     model, shape = built(name)
-    checkpoint_(blocks(model), policy="full")
+    checkpoint_(blocks(model), Activations())
     counter = Counter(model)
     ids = torch.randint(3, 90, (ROWS, LENGTH))
 
