@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nibble import optim
-from nibble.data import Loader, Splits, one_pass, prepare
+from nibble.data import Splits, make_loader, num_steps, one_pass, prepare
 from nibble.errors import ConfigError, DataError
 from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
@@ -239,7 +239,9 @@ def _check_positions(assembly: Assembly, splits: Splits) -> None:
     """Raise ConfigError for rows that are longer than a table of positions."""
     family = assembly.built.family
     parts = [splits.train, *([splits.eval] if splits.eval is not None else [])]
-    longest = max(int(rows.lengths.max()) for rows in parts)
+    longest = max((int(rows.lengths.max()) for rows in parts if len(rows)), default=0)
+    if splits.stream is not None:
+        longest = splits.stream.max_length
     limit = family.max_positions
     if family.has_position_limit and limit is not None and longest > limit:
         raise ConfigError(
@@ -266,19 +268,15 @@ def _load(
 ) -> tuple[TrainState, Settings]:
     """The model with its weights, the loader, the optimiser, and the numbers of the loop."""
     recipe = assembly.recipe
-    loader = Loader(
-        splits.train,
-        micro_batch_size=recipe.train.micro_batch_size,
-        accumulation=recipe.train.gradient_accumulation_steps,
-        seed=recipe.train.seed,
+    loader = make_loader(
+        splits,
+        recipe.data,
+        recipe.train,
         rank=place.rank,
         world=place.world,
-        packing=recipe.data.packing,
-        max_length=recipe.data.max_length,
         pad_id=assembly.tokenizer.pad_token_id,
-        shuffle=recipe.data.shuffle,
     )
-    max_steps = recipe.train.max_steps or loader.total_steps(recipe.train.epochs)
+    max_steps, steps_per_epoch = num_steps(loader, recipe.train)
     _check_schedule(recipe, max_steps)
     with report.phase("load weights") as phase:
         model = fill(
@@ -307,11 +305,12 @@ def _load(
     )
     settings = Settings(
         max_steps=max_steps,
-        steps_per_epoch=float(loader.steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
         max_grad_norm=recipe.optim.max_grad_norm,
         eval_every=recipe.train.eval_every,
         save_every=recipe.train.save_every,
         log_every=recipe.train.log_every,
+        is_language=recipe.model.task == "causal-lm",
         autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
     )
     return state, settings

@@ -6,6 +6,9 @@ chat, encode    examples                 -> tokens, and which of them are learnt
 tokenise, cache one source               -> rows, kept on disk by content
 prepare         the recipe's data        -> Splits
 pack, loader    rows                     -> steps of micro-batches
+documents,      texts that are read while training
+stream                                   -> steps of micro-batches
+steps           the recipe               -> a loader, and how many steps
 """
 
 from nibble.data.chat import chat_template
@@ -14,6 +17,8 @@ from nibble.data.pack import IGNORE, Batch
 from nibble.data.report import DataReport
 from nibble.data.rows import Row, Rows, show_row
 from nibble.data.splits import EvalRecord, EvalRecords, Splits, prepare
+from nibble.data.steps import make_loader, num_steps
+from nibble.data.stream import StreamLoader, TextStream
 
 __all__ = [
     "IGNORE",
@@ -25,7 +30,11 @@ __all__ = [
     "Row",
     "Rows",
     "Splits",
+    "StreamLoader",
+    "TextStream",
     "chat_template",
+    "make_loader",
+    "num_steps",
     "one_pass",
     "prepare",
     "show_row",

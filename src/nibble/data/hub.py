@@ -65,37 +65,68 @@ class HubSet:
 
     def records(self) -> Records:
         """Rows as the library gives them, numbered from 1."""
-        rows = iter(self._load())
-        number = 0
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # a stream fails like a download: in any of many ways
-                raise DataError(_unreachable(self.name, error)) from None
-            number += 1
-            yield Record(dict(row), number)
+        yield from _records(self._load(), self.name)
+
+    def stream(self, state: dict[str, Any] | None) -> HubStream:
+        """The rows without fetching all first, from where `state` was taken; None: the first."""
+        rows = self._open(streaming=True)
+        if state is not None:
+            rows.load_state_dict(state)
+        return HubStream(rows=rows, name=self.name)
 
     def _load(self) -> Any:
         if self._loaded is None:
-            try:
-                import datasets
-            except ImportError:
-                raise ConfigError(
-                    f"{self.source.path} is no file here, and hub data sets need the datasets "
-                    'package: pip install "nibble[data]"'
-                ) from None
-            try:
-                self._loaded = datasets.load_dataset(
-                    self.source.path,
-                    name=self.source.name,
-                    split=self.source.split or "train",
-                    streaming=self.source.num_rows is not None,
-                )
-            except Exception as error:  # the library and its transports raise dozens of types
-                raise DataError(_unreachable(self.name, error)) from None
+            self._loaded = self._open(streaming=self.source.num_rows is not None)
         return self._loaded
+
+    def _open(self, *, streaming: bool) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(
+                f"{self.source.path} is no file here, and hub data sets need the datasets "
+                'package: pip install "nibble[data]"'
+            ) from None
+        try:
+            return datasets.load_dataset(
+                self.source.path,
+                name=self.source.name,
+                split=self.source.split or "train",
+                streaming=streaming,
+            )
+        except Exception as error:  # the library and its transports raise dozens of types
+            raise DataError(_unreachable(self.name, error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubStream:
+    """A hub data set that is read as it arrives. `rows` is the library's iterable."""
+
+    rows: Any
+    name: str
+
+    def records(self) -> Records:
+        """The rows from here on, numbered from 1."""
+        yield from _records(self.rows, self.name)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next row is: numbers, words and None, as the library made them."""
+        state: dict[str, Any] = self.rows.state_dict()
+        return state
+
+
+def _records(rows: Any, name: str) -> Records:
+    remaining = iter(rows)
+    number = 0
+    while True:
+        try:
+            row = next(remaining)
+        except StopIteration:
+            return
+        except Exception as error:  # a stream fails like a download: in any of many ways
+            raise DataError(_unreachable(name, error)) from None
+        number += 1
+        yield Record(dict(row), number)
 
 
 def _unreachable(name: str, error: Exception) -> str:

@@ -83,6 +83,10 @@ class Loader:
         # Less a hair, so that 0.3 of 10 steps is 3 and not the 4 of 3.0000000000000004.
         return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
 
+    def steps_of_tokens(self, num_tokens: int) -> int:
+        """Steps that train on at least so many tokens, as many as rows hold in the mean."""
+        return max(1, math.ceil(num_tokens * self.steps_per_epoch / self.rows.num_tokens))
+
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The units of an epoch in the order in which they are seen by all processes together."""
         if self._order is None or self._order[0] != epoch:

@@ -81,6 +81,8 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report for a person: notes, the sum, then every fate with examples."""
+        if not self.num_read:  # it is read while training
+            return [*self.notes]
         out = [
             *self.notes,
             f"{self.num_rows:,} rows of {self.num_read:,} read, {self.num_tokens:,} tokens, "

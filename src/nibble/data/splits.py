@@ -24,6 +24,7 @@ from nibble.data.order import permutation
 from nibble.data.report import DataReport, Tally, first_problem, summarise
 from nibble.data.rows import Rows, join
 from nibble.data.sources import SourceFile
+from nibble.data.stream import TextStream, no_rows, open_stream
 from nibble.data.tokenise import Progress, Tokenised, read_examples, tokenise_source
 from nibble.errors import ConfigError, DataError
 from nibble.spec.config import Data, Source
@@ -91,7 +92,8 @@ class Splits:
 
     `label_names` (empty for regression) belong to classification. `stop_ids`: the tokens that end
     answers, for generation. `question_prompt`: how a question was put where there is no chat
-    template, with {question} in it; None where it is the prompt itself.
+    template, with {question} in it; None where it is the prompt itself. With a `stream` there are
+    no rows in `train`: they are made while training.
     """
 
     train: Rows
@@ -102,6 +104,7 @@ class Splits:
     label_names: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     question_prompt: str | None = None
+    stream: TextStream | None = None
 
     @property
     def num_labels(self) -> int:
@@ -125,6 +128,8 @@ def prepare(
     one row apart. `num_labels`: what the recipe fixes (1: regression). ConfigError for words that
     contradict each other, DataError for sources that cannot be read or would train nothing.
     """
+    if data.streaming:
+        return _streamed(data, tokenizer)
     encoder = _encoder(data, tokenizer, task=task, can_pack=can_pack)
     digest = cache.tokenizer_digest(tokenizer)
     train = [_source(one, encoder, task, digest, progress) for one in data.train]
@@ -157,6 +162,13 @@ def prepare(
         label_names=names,
         stop_ids=tuple(sorted({stop for one in [*train, *held] for stop in one.stop_ids})),
         question_prompt=_question_prompt(data.train[0], encoder, task=task),
+    )
+
+
+def _streamed(data: Data, tokenizer: Any) -> Splits:
+    stream, eval_rows, report, eval_report = open_stream(data, tokenizer)
+    return Splits(
+        train=no_rows(), eval=eval_rows, report=report, eval_report=eval_report, stream=stream
     )
 
 

@@ -40,6 +40,8 @@ from nibble.train.state import TrainState
 from nibble.use.objective import Objective
 
 MIN_LOSS_SCALE = 1.0
+MAX_EXPONENT = 100.0
+"""A perplexity above e to this is reported as that."""
 Evaluate = Callable[[Callable[[], bool]], float | None]
 
 
@@ -56,6 +58,8 @@ class Settings:
     save_every: int | None = None
     log_every: int = 1
     autocast: torch.dtype | None = None
+    is_language: bool = False
+    """Losses are in nats a token, so that evaluations report perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +250,11 @@ class _Run:
             return None
         if not math.isfinite(loss):
             raise self._not_finite(f"held-out loss at step {self.state.step} is {loss}")
-        self.report.metrics({"step": self.state.step, "eval_loss": loss})
+        told = {"step": self.state.step, "eval_loss": loss}
+        if self.settings.is_language:
+            told["eval_perplexity"] = math.exp(min(loss, MAX_EXPONENT))
+            told["tokens_seen"] = self.state.num_tokens
+        self.report.metrics(told)
         return loss
 
     def save(self) -> Path:

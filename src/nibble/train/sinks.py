@@ -144,7 +144,10 @@ def metrics_line(
     """Numbers of a step in one line, in fixed places."""
     head = f"step {int(values['step']):>{len(str(max_steps))}}/{max_steps}"
     if "eval_loss" in values:
-        return f"{head}  held-out loss {values['eval_loss']:.4f}"
+        words = f"{head}  held-out loss {values['eval_loss']:.4f}"
+        if "eval_perplexity" in values:
+            words += f"  perplexity {values['eval_perplexity']:.2f}"
+        return words
     parts = [head, f"loss {values['loss']:.4f}", f"lr {values['learning_rate']:.2e}"]
     if "grad_norm" in values:
         parts.append(f"grad {values['grad_norm']:.3f}")
@@ -254,7 +257,7 @@ class WandbSink:
 
 def _curves(values: Mapping[str, float]) -> dict[str, float]:
     return {
-        ("eval/loss" if name == "eval_loss" else f"train/{name}"): value
+        (f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"): value
         for name, value in values.items()
         if name != "step"
     }
