@@ -27,6 +27,7 @@ from nibble.nn.adapted import NO_CASTS, Casts, LowRank, adapted
 from nibble.nn.adapters import LoraLinear
 
 EPS = 1e-5
+CHUNK, VOCABULARY = 1024, 128256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,15 @@ def works(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -
             moved=5 * inner,
         )
 
+    logits = normal(min(tokens, CHUNK), VOCABULARY)
+    targets = torch.randint(0, VOCABULARY, (logits.shape[0],), generator=generator, device=device)
+    yield Work(
+        name="cross entropy",
+        run=lambda k, t: (k.cross_entropy_(t[0], targets, need_grad=True), t[0]),
+        inputs=[logits],
+        moved=3 * logits.numel(),
+    )
+
 
 def copy_gb_per_s(device: torch.device, repeats: int) -> float:
     """Bandwidth of a plain copy of 1 GiB (on a CPU 16 MiB), read and written."""
@@ -139,7 +149,7 @@ def compare(work: Work, *, device: torch.device) -> dict[str, object]:
 
     The twins compute in fp32; with fp32 inputs no intermediate is rounded to 16 bits.
     """
-    exact = work.run(EAGER, [t.float() for t in work.inputs])
+    exact = work.run(EAGER, [t.to(torch.float32, copy=True) for t in work.inputs])
     errors = []
     for kernels in (layer_kernels(device.type), EAGER):
         made = work.run(kernels, [t.clone() for t in work.inputs])

@@ -135,6 +135,27 @@ def test_gate(layout: str, activation: Activation, dtype: torch.dtype) -> None:
         assert ours[1].data_ptr() == up.data_ptr()
 
 
+@DTYPES
+@pytest.mark.parametrize("vocabulary", [5, 97, 20000])
+def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
+    logits = 5 * normal(6, vocabulary, dtype=dtype)
+    targets = torch.tensor([0, vocabulary - 1, 3, 2, 1, 4], device=DEVICE)
+    logits[2] *= 40  # maxima far above the rest, the target's among them
+    logits[3, 2] = logits[3].max() + 12
+    ours, eager = logits.clone(), logits.clone()
+    losses = TRITON.cross_entropy_(ours, targets, need_grad=True)
+    expected = EAGER.cross_entropy_(eager, targets, need_grad=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    near(ours, eager)
+    assert (ours[3, 2] < 0) and torch.isclose(ours[3, 2], eager[3, 2], rtol=2e-2)
+    kept = logits.clone()
+    torch.testing.assert_close(
+        TRITON.cross_entropy_(kept, targets, need_grad=False), expected, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(kept, logits)
+    assert TRITON.cross_entropy_(kept[:0], targets[:0], need_grad=True).shape == (0,)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="models are made on the CPU")
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
 def test_a_whole_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

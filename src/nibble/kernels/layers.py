@@ -1,7 +1,7 @@
-"""Who computes what lies between a block's matrix products: eager functions or their Triton twins.
+"""Who computes what lies between matrix products: eager functions or their Triton twins.
 
-The eager functions (`numerics/layer_functions.py`) are the truth and run anywhere; on CUDA Triton's
-take their place where Triton is installed.
+The eager functions (`numerics/layer_functions.py`, `numerics/cross_entropy.py`) are the truth and
+run anywhere; on CUDA Triton's take their place where Triton is installed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from nibble.numerics import layer_functions as eager
+from nibble.numerics.cross_entropy import cross_entropy_
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKernels:
-    """One provider's functions, with the signatures of `numerics.layer_functions`."""
+    """One provider's functions, with the signatures of the eager ones."""
 
     rms_norm: Callable[..., Tensor]
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor | None]]
     rotate: Callable[..., tuple[Tensor, Tensor]]
     gate: Callable[..., Tensor]
     gate_backward: Callable[..., tuple[Tensor, Tensor | None]]
+    cross_entropy_: Callable[..., Tensor]
 
 
 EAGER = LayerKernels(
@@ -33,6 +35,7 @@ EAGER = LayerKernels(
     rotate=eager.rotate,
     gate=eager.gate,
     gate_backward=eager.gate_backward,
+    cross_entropy_=cross_entropy_,
 )
 
 
@@ -47,7 +50,7 @@ def layer_kernels(device_type: str) -> LayerKernels:
 @cache
 def triton_kernels() -> LayerKernels:
     """Triton's functions; importing them needs triton."""
-    from nibble.kernels import gate, rms_norm, rotary
+    from nibble.kernels import cross_entropy, gate, rms_norm, rotary
 
     return LayerKernels(
         rms_norm=rms_norm.rms_norm,
@@ -55,4 +58,5 @@ def triton_kernels() -> LayerKernels:
         rotate=rotary.rotate,
         gate=gate.gate,
         gate_backward=gate.gate_backward,
+        cross_entropy_=cross_entropy.cross_entropy_,
     )

@@ -12,11 +12,10 @@ f is the family's logit transform (soft cap, scale). Backward only multiplies by
 number, which is exact as the loss is a sum. Logits, softmax and dL/dW are fp32; the products are in
 the type of h, as a plain head's would be.
 
-Costs: h of the rows with targets once more, chunk * V * (8 + size of h) bytes while it runs, and V
-* D * 4 bytes for dL/dW if the head is trained. Nothing is computed twice. A head that is not a
-plain linear layer (wrapped by an adapter, quantised) is called as it is, chunk by chunk under
-activation checkpointing: the head is then run twice. Not a kernel: the matrix products dominate
-from V = 32k on.
+Costs: h of the rows with targets once more, chunk * V * (size of h) bytes while it runs (as eager
+code 4 a logit more), and V * D * 4 bytes for dL/dW if the head is trained. Nothing is computed
+twice. A head that is not a plain linear layer (wrapped by an adapter, quantised) is called as it
+is, chunk by chunk under activation checkpointing: the head is then run twice.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from nibble.kernels.layers import layer_kernels
 
 IGNORE = -100
 """The label of a position that has no target."""
@@ -171,27 +172,19 @@ def _chunk_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of logits [n, V] in fp32 arithmetic, and its gradient by them.
 
-    The gradient is in the type of `raw`, or fp32 behind a transform. log_softmax reads 16-bit
-    logits and writes fp32 in one kernel; p - 1 of the target is expm1(log p), which keeps the small
-    gradients of well-learnt tokens that 16-bit p - 1 would round to zero.
+    The gradient is in the type of `raw`, where the logits were, or fp32 behind a transform.
     """
-    where = targets[:, None]
     if transform is None:
-        log_p = F.log_softmax(raw, dim=-1, dtype=torch.float32)
-    else:
-        raw = raw.detach().float().requires_grad_(need_grad)
-        with torch.set_grad_enabled(need_grad):
-            through = transform(raw)
-        log_p = F.log_softmax(through.detach(), dim=-1)
-    picked = log_p.gather(1, where)
-    loss = -picked.sum()
+        cross_entropy_ = layer_kernels(raw.device.type).cross_entropy_
+        return cross_entropy_(raw, targets, need_grad=need_grad).sum(), raw if need_grad else None
+    raw = raw.detach().float().requires_grad_(need_grad)
+    with torch.set_grad_enabled(need_grad):
+        through = transform(raw)
+    logits = through.detach().clone()
+    loss = layer_kernels(raw.device.type).cross_entropy_(logits, targets, need_grad=need_grad).sum()
     if not need_grad:
         return loss, None
-    if transform is None:
-        grad = torch.exp(log_p, out=raw)  # where the logits were
-        return loss, grad.scatter_(1, where, picked.expm1_().to(grad.dtype))
-    grad = log_p.exp_().scatter_(1, where, picked.expm1_())
-    (grad,) = torch.autograd.grad(through, raw, grad)
+    (grad,) = torch.autograd.grad(through, raw, logits)
     return loss, grad
 
 
