@@ -17,7 +17,7 @@ from nibble.errors import ConfigError
 from nibble.launch.devices import check_launched, num_processes, unequal, visible_cards
 from nibble.launch.environment import Launch, detect
 from nibble.launch.meeting import Nodes, nodes_of, with_interface
-from nibble.launch.supervise import Job, holds_run, supervise
+from nibble.launch.supervise import QUIET, Job, holds_run, supervise
 from nibble.spec.config import Recipe
 from nibble.spec.rules import check_trainable
 
@@ -61,6 +61,7 @@ def train_recipe(recipe: Recipe, start: Start) -> None:
         typed=tuple(sys.argv),
         debug="--debug" in sys.argv,
     )
+    os.environ.setdefault(*QUIET)  # before torch is imported, for machines to meet
     supervise(
         recipe,
         job,

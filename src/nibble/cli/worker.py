@@ -32,11 +32,9 @@ def main(path: str) -> int:
         return INTERRUPTED
     except Exception as error:
         line = explain(error)
-        if line is None:
-            raise
-        if job.debug:
+        if line is None or job.debug:
             traceback.print_exc()
-        report_error(error, line, os.environ)
+        report_error(error, line or f"{type(error).__name__}: {error}", os.environ)
         return error.exit_code if isinstance(error, NibbleError) else 1
     return 0
 

@@ -235,7 +235,7 @@ class _Process:
                 kind=told.get("kind", ""),
                 line=told.get("line", ""),
                 at_s=told.get("at_s", time.time()),
-                tail="" if told else self._tail(),
+                tail="" if told.get("kind") else self._tail(),
             )
         return True
 

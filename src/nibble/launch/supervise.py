@@ -148,6 +148,7 @@ def worker_environments(
 ) -> list[dict[str, str]]:
     """The environment of each process of this machine, in torchrun's words."""
     base = {name: value for name, value in environment.items() if name not in _NOT_PASSED}
+    base.setdefault(*QUIET)
     if num_processes > 1:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         base.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
@@ -170,4 +171,6 @@ def worker_environments(
     ]
 
 
+QUIET = ("TORCH_CPP_LOG_LEVEL", "ERROR")
+"""Sockets without a host name and the like are no news."""
 _NOT_PASSED = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
