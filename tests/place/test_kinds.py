@@ -1,0 +1,44 @@
+"""Which class a recipe's placement is, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nibble.errors import ConfigError, PlacementError
+from nibble.place import PLACEMENTS, Group, placement, resolved
+from nibble.place.single import Single
+from nibble.spec.config import Place, Recipe
+
+ALONE = Group.alone(torch.device("cpu"))
+TWO = Group(device=torch.device("cpu"), rank=1, world=2, local_rank=1, local_world=2)
+
+
+def test_auto_is_a_copy_on_each_device() -> None:
+    recipe = Recipe.model_validate({"model": {"path": "x"}})
+    assert resolved(recipe, ALONE).place.kind == "single"
+    assert resolved(recipe, TWO).place.kind == "ddp"
+    one, two = placement(Place(), ALONE), placement(Place(), TWO)
+    assert isinstance(one, Single) and isinstance(two, Single)
+    assert (one.rank, one.world, two.rank, two.world) == (0, 1, 1, 2)
+    fixed = Recipe.model_validate({"model": {"path": "x"}, "place": {"kind": "fsdp"}})
+    assert resolved(fixed, TWO) == fixed
+
+
+def test_every_word_of_a_recipe_has_a_class() -> None:
+    from typing import get_args
+
+    from nibble.spec.config import PlacementName
+
+    assert set(PLACEMENTS) == set(get_args(PlacementName)) - {"auto"}
+
+
+@pytest.mark.parametrize("kind", ["single", "dp"])
+def test_one_process_is_not_two(kind: str) -> None:
+    with pytest.raises(PlacementError, match=f"place.kind={kind} is one process, but 2 were"):
+        placement(Place.model_validate({"kind": kind}), TWO)
+
+
+def test_deepspeed_names_what_to_use() -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed with place\.zero_stage=2 .* use place\.kind"):
+        placement(Place(kind="deepspeed", zero_stage=2), TWO)
