@@ -27,7 +27,9 @@ eagerly.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -145,6 +147,25 @@ def packed_mask(
     return mask
 
 
+class _Around(threading.local):
+    """What this thread enters for each call of attention without dropout."""
+
+    context: AbstractContextManager[Any] | None = None
+
+
+_AROUND = _Around()
+
+
+@contextmanager
+def around_attention(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter `context` for each `packed_attention` without dropout that this thread calls inside."""
+    before, _AROUND.context = _AROUND.context, context
+    try:
+        yield
+    finally:
+        _AROUND.context = before
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -162,6 +183,26 @@ def packed_attention(
     Given document offsets as `attention_mask` no pair crosses a document; otherwise transformers'
     sdpa.
     """
+    words = {**kwargs, "dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
+    if dropout or _AROUND.context is None:
+        return _attend(module, query, key, value, attention_mask, **words)
+    with _AROUND.context:
+        return _attend(module, query, key, value, attention_mask, **words)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """See `packed_attention`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if any(kwargs.get(word) is not None for word in ("softcap", "position_bias", "s_aux")):

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from nibble.nn.quant import QuantLinear
 from nibble.nn.randomness import may_draw
 from nibble.nn.tiles import tile_
-from nibble.place.kept_attention import Kept, keeping, replaying
+from nibble.place.kept_attention import Kept, is_announced, keeping, replaying
 from nibble.place.offload import HostPool, Parked, is_dense
 from nibble.spec.config import Train
 
@@ -90,6 +90,8 @@ class Recomputed:
     forward: Callable[..., Any]
     may_draw: bool = True
     selective: bool = False
+    announced: bool = False
+    """See `kept_attention.is_announced`."""
     done: Checkpointed | None = None
     """Whose pools take what is kept; None keeps it where it is."""
     is_first: bool = False
@@ -118,7 +120,8 @@ class Recomputed:
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             assert kept is not None
-            return keeping(kept), replaying(kept)
+            announced = self.announced
+            return keeping(kept, announced=announced), replaying(kept, announced=announced)
 
         # The empty tensor tells on which device random numbers are drawn.
         return checkpoint(
@@ -196,6 +199,7 @@ def checkpoint_(blocks: Sequence[nn.Module], activations: Activations) -> Checkp
                 block.forward,
                 may_draw=may_draw(block),
                 selective=activations.policy == "selective",
+                announced=is_announced(block),
                 done=done if activations.offload else None,
                 is_first=index == 0,
                 is_last=index == len(again) - 1,
