@@ -68,7 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
     """
     with (
         Group.from_environment(recipe.place) as group,
-        closing(placement(recipe.place, group)) as place,
+        closing(placement(recipe.place, group, optim=recipe.optim)) as place,
     ):
         return _train(recipe, place, group, resume=resume, stream=stream)
 
@@ -284,9 +284,10 @@ def _load(
             place,
             activations=Activations.of(recipe.train),
             advance=lambda done, total: phase.at(done, total),
+            note=report.note,
         )
     if recipe.adapter.path is not None:
-        load_adapter(model, Path(recipe.adapter.path))
+        load_adapter(model, Path(recipe.adapter.path), put=place.put_)
     trained = place.trained(model)
     optimizer, schedule = optim.build(
         trained,
@@ -302,6 +303,8 @@ def _load(
         schedule=schedule,
         loader=loader,
         scaler=LossScaler(enabled=fp16),
+        parameters=trained,
+        place=place,
     )
     settings = Settings(
         max_steps=max_steps,

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -49,7 +50,10 @@ from nibble.place.streamed import (
 from nibble.spec.config import Place
 from nibble.spec.phases import PROCESS_BYTES
 from nibble.spec.units import GIB, parse_bytes
+from nibble.weights.packed_cache import StoredTensors
 
+READERS = 12
+"""Threads that read a packed base from disk; with fewer a fast disk waits for checksums."""
 MARGIN_BYTES, MARGIN_SHARE = GIB, 0.08
 """Left free on the card by `auto`, for rows longer than the first step's."""
 
@@ -75,6 +79,8 @@ class Stream(Single):
         self._of: dict[tuple[int, str], int] = {}
         self._packed_here: frozenset[int] = frozenset()
         self._complete = False
+        self._reads: list[Future[None]] = []
+        self._readers: ThreadPoolExecutor | None = None
         self._steps_done = 0
 
     def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
@@ -183,16 +189,37 @@ class Stream(Single):
             return
         if number not in self._packed_here:
             return
-        assert self.host is not None and self.blocks is not None
-        self.host.wait_pinned(self.blocks.layouts[number].start)
-        owner, _ = locate(model, name)
-        packs = isinstance(owner, QuantLinear) and self.device.type != "cpu"
-        if packs and isinstance(value, Tensor):
-            pieces = [p for p in self.blocks.layouts[number].pieces if p.owner is owner]
+        super().load(model, name, value)
+
+    def _fill(
+        self, owner: nn.Module, leaf: str, name: str, value: Tensor | PackedWeight
+    ) -> Sequence[Tensor]:
+        """Put a value where it belongs; what is stored on disk is read by threads."""
+        number = self._of.get((id(owner), "codes"))
+        if number is None or self.blocks is None or not isinstance(owner, QuantLinear):
+            return super()._fill(owner, leaf, name, value)
+        pieces = [p for p in self.blocks.layouts[number].pieces if p.owner is owner]
+        if isinstance(value, PackedWeight):
+            stored = value.tensors
+            if (
+                isinstance(stored, StoredTensors)
+                and value.spec == owner.spec
+                and all(stored.entry(p.leaf) == (p.shape, p.dtype) for p in pieces)
+            ):
+                self._reads += [self._submit(stored, piece) for piece in pieces]
+                return list(owner.stored().values())
+        elif leaf == "weight" and self.device.type != "cpu":
+            assert self.host is not None
+            self.host.wait_pinned(self.blocks.layouts[number].start)
             with self._on_device(pieces):
-                super().load(model, name, value.to(self.device))
-        else:
-            super().load(model, name, value)
+                return super()._fill(owner, leaf, name, value.to(self.device))
+        return super()._fill(owner, leaf, name, value)
+
+    def _submit(self, stored: StoredTensors, piece: Piece) -> Future[None]:
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+        target = piece.owner.get_parameter(piece.leaf).data
+        return self._readers.submit(stored.read_into, piece.leaf, target)
 
     @contextmanager
     def _on_device(self, pieces: list[Piece]) -> Iterator[None]:
@@ -235,6 +262,9 @@ class Stream(Single):
         """All blocks are in host memory, of all processes; keep the resident ones here."""
         assert self.blocks is not None and self.host is not None
         if not self._complete:
+            for read in self._reads:
+                read.result()
+            self._reads = []
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             self.pinned_s = self.host.wait_pinned()
@@ -287,6 +317,8 @@ class Stream(Single):
     def close(self) -> None:
         """Wait for what is under way and give the memory back."""
         super().close()
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)
         if self.blocks is not None:
             self.blocks.leave()
             self.blocks.ring.wait()

@@ -34,6 +34,7 @@ from nibble.place.base import Placement
 from nibble.spec.builtin_models import is_builtin, rounded_vocabulary
 from nibble.spec.config import Model, Recipe
 from nibble.spec.formats import FormatSpec, format_spec
+from nibble.use import packed
 from nibble.weights import Stream, open_weights, stream
 
 Value = Tensor | PackedWeight
@@ -68,9 +69,14 @@ class Assembly:
         return self.built.model
 
     def values(
-        self, wanted: Callable[[str], bool] = lambda name: True
+        self,
+        wanted: Callable[[str], bool] = lambda name: True,
+        rows: Callable[[str], slice | None] = lambda name: None,
     ) -> Iterator[tuple[str, Value]]:
-        """(name, value) of the base's parameters; random ones when training from scratch."""
+        """(name, value) of the base's parameters; random ones when training from scratch.
+
+        `rows` says which rows of each are enough (None: all); a value may still come whole.
+        """
         if self.weights is None:
             if not any(map(wanted, self.built.skeleton.state_dict())):
                 return
@@ -78,7 +84,7 @@ class Assembly:
                 if wanted(name):
                     yield name, tensor
             return
-        for name, value in self.weights.only(wanted):
+        for name, value in self.weights.only(wanted, rows=rows):
             if self.expansion is not None and isinstance(value, Tensor):
                 value = self.expansion.value_of(name, value)
             yield name, value
@@ -216,15 +222,20 @@ def fill(
     *,
     activations: Activations,
     advance: Advance | None = None,
+    note: packed.Note = lambda text: None,
 ) -> nn.Module:
-    """Give the model storage where it will live and stream its weights in, quantised on arrival."""
+    """Give the model storage where it will live and stream its weights in, quantised on arrival.
+
+    `note` is told when the packed base could not be kept for the next start.
+    """
     model = place.arrange(assembly.built, activations=activations)
     total = 0 if assembly.weights is None else len(assembly.weights)
-    for done, (name, value) in enumerate(assembly.values(), start=1):
+    for done, (name, value) in enumerate(packed.values(assembly, place, note=note), start=1):
         place.load(model, name, value)
         if advance is not None:
             advance(done, max(total, done))
-    reset_parameters_(model, generator=torch.Generator().manual_seed(assembly.recipe.train.seed))
+    generator = torch.Generator().manual_seed(assembly.recipe.train.seed)
+    reset_parameters_(model, generator=generator, put=place.put_)
     for part in place.parts(model):
         finish_loading_(part)
     fresh = [p for a in adapters(model).values() for p in a.parameters(recurse=False)]
