@@ -6,6 +6,7 @@ In a page, every fenced block is used unless the line before it is `<!-- not run
     ```console   `$ command` lines are run in order in one working folder for the page; the lines
                  after a command must be in what it prints, in that order; `...` matches anything
     ```python    is executed there
+    ```bash      every `nibble train` in it is read, with its recipe, up to where it would start
     ```yaml, ```json, ```jsonl, ```jinja after `<!-- file: NAME -->` are written to that file
     ```jsonl after `<!-- rows: FORMAT -->` must be read as that format, whole
     ```text after `<!-- trained -->` is the page's last rows with «what is trained» marked
@@ -32,11 +33,13 @@ from typing import Any
 import pytest
 import tiny_files
 import torch
+import typer
 
 from nibble.cli import main
 from nibble.cli.app import app
 from nibble.data import prepare, show_row
 from nibble.errors import NibbleError
+from nibble.launch.meeting import read_nodes
 from nibble.numerics.formats import pack, unpack
 from nibble.spec import recipes
 from nibble.spec.aliases import ALIASES
@@ -54,6 +57,7 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S
 )
 FILES = ("yaml", "json", "jsonl", "jinja")
+LAUNCHERS = ("torchrun", "accelerate")
 SHELL = ("ls", "cat", "head", "tail", "wc")
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -155,10 +159,23 @@ def run_command(command: str) -> str:
             ).stdout  # fmt: skip
         load_recipe(None, base=translate(arguments[1:]))  # the model and data are on a hub
         return ""
+    if name in LAUNCHERS:  # tests/cli/test_launching.py runs them
+        check_train_words(command)
+        return ""
     assert name in SHELL, f"{command}: the tests run nibble, make, pip, train.py, {SHELL}"
     done = subprocess.run(words, shell=True, capture_output=True, text=True)
     assert done.returncode == expected, f"{command}: {done.stderr}"
     return done.stdout
+
+
+def check_train_words(line: str) -> None:
+    """Read a command line up to where the run would start; a variable stands for 0."""
+    words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
+    command = typer.main.get_command(app).commands["train"]
+    context = command.make_context("nibble train", words[words.index("train") + 1 :])
+    load_recipe(context.params["recipe"], context.args)
+    given = {key: context.params[key] for key in ("nodes", "node_rank", "master", "rendezvous")}
+    read_nodes(**given)
 
 
 def check_output(command: str, shown: list[str], printed: str) -> None:
@@ -215,6 +232,11 @@ def test_what_a_page_shows_works(name: str, workplace: Path) -> None:
                 check_output(command, shown, run_command(command))
         elif block.language == "python" and block.info == "python":
             exec(compile(block.body, name, "exec"), namespace)
+        elif block.language == "bash":
+            lines = [line for line in block.body.splitlines() if "nibble train" in line]
+            assert lines, f"{name}: a script without nibble"
+            for line in lines:
+                check_train_words(line)
         elif block.language == "yaml":
             load_recipe(None, base=__import__("yaml").safe_load(block.body))
         else:

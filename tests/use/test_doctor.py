@@ -111,6 +111,24 @@ def test_each_trouble_is_named_with_what_to_do(
     assert advice in findings[0].advice
 
 
+def test_processes_are_told() -> None:
+    def told(**changes: Any) -> Finding:
+        found = [f for f in diagnose(replace(WELL, **changes)) if f.name == "processes"]
+        assert len(found) == 1
+        return found[0]
+
+    small = replace(GPU, index=1, name="RTX 3060", total_bytes=12 * GIB, free_bytes=12 * GIB)
+    pair = (GPU, replace(GPU, index=1))
+    assert told().text == "nibble train runs as one"
+    assert told(gpus=pair).text == "nibble train starts 2, one for each GPU"
+    assert told(gpus=pair).status == "ok"
+    assert told(launcher="srun: process 3 of 8, first at gpu01").text.startswith("started by srun")
+    unequal = told(gpus=(GPU, small))
+    assert unequal.status == "warn"
+    assert unequal.advice.startswith("RTX 3060 (12.00 GiB) limits all 2 GPUs")
+    assert "NCCL" in told(gpus=pair, has_nccl=False).advice
+
+
 def test_no_secret_is_shown() -> None:
     findings = diagnose(replace(WELL, environment={"HF_TOKEN": "hf_abcdef"}))
     assert not any("hf_abcdef" in f.text + f.advice for f in findings)

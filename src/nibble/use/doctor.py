@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from nibble.launch.devices import Card, unequal
 from nibble.spec.units import GIB, MIB, show_bytes
 from nibble.use.machine import Facts, Gpu, collect
 
@@ -124,6 +125,26 @@ def _judge_gpu(gpu: Gpu, about: str) -> Finding:
         status = "warn"
         advice = "another process holds memory there: see nvidia-smi"
     return Finding(name=f"gpu {gpu.index}", status=status, text=text, advice=advice)
+
+
+def check_processes(facts: Facts) -> list[Finding]:
+    """What `nibble train` starts here, and what would hold its processes back."""
+    count = len(facts.gpus)
+    text = f"nibble train starts {count}, one for each GPU" if count > 1 else "nibble train runs as one"
+    if facts.launcher is not None:
+        text = f"started by {facts.launcher}"
+    if count > 1 and not facts.has_nccl:
+        advice = "torch lacks NCCL: GPUs exchange gradients through the host, which is slow"
+        return [Finding(name="processes", status="warn", text=text, advice=advice)]
+    limit = unequal(
+        [
+            Card(name=gpu.name, uuid=str(gpu.index), total_bytes=gpu.total_bytes)
+            for gpu in facts.gpus
+        ]
+    )
+    if limit is not None:
+        return [Finding(name="processes", status="warn", text=text, advice=limit)]
+    return [Finding(name="processes", status="ok", text=text)]
 
 
 def check_kernels(facts: Facts) -> list[Finding]:
@@ -237,6 +258,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     check_python,
     check_libraries,
     check_gpus,
+    check_processes,
     check_kernels,
     check_extras,
     check_folders,

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nibble.errors import ConfigError
+from nibble.launch.environment import detect
 from nibble.spec.arch import hub_cache
 
 
@@ -63,6 +65,9 @@ class Facts:
     """None: no limit."""
     open_files: int | None
     environment: Mapping[str, str]
+    has_nccl: bool = True
+    launcher: str | None = None
+    """Who started this process as one of several, and as which."""
 
 
 def collect(distributions: Iterable[str]) -> Facts:
@@ -91,6 +96,8 @@ def collect(distributions: Iterable[str]) -> Facts:
         locked_limit_bytes=_limit("RLIMIT_MEMLOCK"),
         open_files=_limit("RLIMIT_NOFILE"),
         environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        has_nccl=_has_nccl(),
+        launcher=_launcher(),
     )
 
 
@@ -126,6 +133,25 @@ def _torch_facts() -> tuple[str | None, tuple[Gpu, ...]]:
             )
         )
     return torch.version.cuda, tuple(gpus)
+
+
+def _has_nccl() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_nccl_available()
+
+
+def _launcher() -> str | None:
+    try:
+        launch = detect(os.environ)
+    except ConfigError as error:
+        return str(error)
+    if launch is None:
+        return None
+    what = "process" if launch.starts == "processes" else "machine"
+    return f"{launch.launcher}: {what} {launch.rank} of {launch.world}, first at {launch.master}"
 
 
 def card_names(gpus: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
