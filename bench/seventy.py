@@ -137,6 +137,9 @@ def _options() -> argparse.Namespace:
 def _recipe(options: argparse.Namespace, folder: str) -> Recipe:
     words = {section: dict(keys) for section, keys in CASES[options.case].recipe.items()}
     words["model"] = {"path": folder}
+    words["quant"]["cache"] = options.cache is not None
+    if options.cache is not None:
+        os.environ["NIBBLE_CACHE"] = options.cache
     words["place"] = {"kind": "stream", "resident_blocks": 0}
     if torch.cuda.is_available():
         words["place"]["vram"] = "23.5GiB"

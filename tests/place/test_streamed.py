@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,9 +264,9 @@ def test_residents_are_spread_and_counted() -> None:
     assert num_resident_blocks(99, block_bytes=3, num_blocks=8) == 8
 
 
-def test_memory_is_one_file_that_nobody_can_find_later() -> None:
+def test_memory_is_one_file_that_nobody_can_find_later(tmp_path: Path) -> None:
     first = HostMemory.create(10_000)
-    second = HostMemory.attach(os.getpid(), first.handle, 10_000)
+    second = HostMemory.attach(first.path, 10_000)
     first.bytes.copy_(torch.arange(10_000).to(torch.uint8))
     assert torch.equal(first.bytes, second.bytes)
     first.close()
@@ -274,7 +274,14 @@ def test_memory_is_one_file_that_nobody_can_find_later() -> None:
     assert first.bytes[3] == 99
     second.close()
     with pytest.raises(PlacementError, match="could not be shared"):
-        HostMemory.attach(os.getpid(), 10_000, 10_000)
+        HostMemory.attach(first.path, 10_000)
+    named = HostMemory.create(10_000, folder=tmp_path)
+    other = HostMemory.attach(named.path, 10_000)
+    named.forget()
+    other.bytes[7] = 5
+    assert named.bytes[7] == 5 and not list(tmp_path.iterdir())
+    named.close()
+    other.close()
 
 
 def test_too_little_host_memory_is_refused_with_numbers() -> None:

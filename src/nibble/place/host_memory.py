@@ -1,9 +1,10 @@
 """Host memory that all processes of a machine share, and that its cards read by themselves.
 
 One anonymous file in memory (memfd) holds the bytes once, whatever the number of processes: the
-first one makes it, the others open it through /proc, and it is gone when the last of them is, even
-after a crash. It is exactly as large as what is put in it: pinned allocators round up to powers of
-two, which for 35 GiB would be 64. Nothing lies in /dev/shm, which containers make small.
+first one makes it, the others open it through /proc (or, where that is shut, as a file in /dev/shm
+whose name is removed at once), and it is gone when the last of them is, even after a crash. It is
+exactly as large as what is put in it: pinned allocators round up to powers of
+two, which for 35 GiB would be 64.
 
 A card copies at the bus's full rate, and beside the computation, only from pages that cannot move.
 Each process registers them with its own driver (`cudaHostRegister`), piece by piece in a thread, so
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -63,36 +65,52 @@ def check_host_memory(num_bytes: int, *, other_bytes: int, budget_bytes: int | N
 class HostMemory:
     """`num_bytes` that the processes of one machine share; `bytes` is all of them as uint8."""
 
-    def __init__(self, handle: int, num_bytes: int) -> None:
+    def __init__(self, handle: int, num_bytes: int, path: Path) -> None:
         """See `create` and `attach`."""
-        self.handle = handle
+        self.handle, self.path = handle, path
         self._mapping = mmap.mmap(handle, max(1, num_bytes), flags=mmap.MAP_SHARED)
         self.bytes: Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)[:num_bytes]
         self._pins: _Pins | None = None
 
     @classmethod
-    def create(cls, num_bytes: int) -> HostMemory:
-        """New memory, all zeros; pages are taken when they are written."""
+    def create(cls, num_bytes: int, *, folder: Path | None = None) -> HostMemory:
+        """New memory, all zeros, that others may open at `path`; pages are taken when written.
+
+        `folder`: a file in there instead of an anonymous one, where /proc does not let processes
+        share; to be removed (`forget`) when all have opened it.
+        """
         try:
-            handle = os.memfd_create("nibble", os.MFD_CLOEXEC)
+            if folder is None:
+                handle = os.memfd_create("nibble", os.MFD_CLOEXEC)
+                path = Path(f"/proc/{os.getpid()}/fd/{handle}")
+            else:
+                free = os.statvfs(folder)
+                if free.f_bavail * free.f_frsize < num_bytes:
+                    raise OSError(f"{folder} is too small")
+                path = folder / f"nibble-{os.getpid()}-{secrets.token_hex(4)}"
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.ftruncate(handle, max(1, num_bytes))
-            return cls(handle, num_bytes)
+            return cls(handle, num_bytes, path)
         except (OSError, ValueError) as error:
             raise PlacementError(
                 f"{show_bytes(num_bytes)} of shared host memory could not be had: {error}"
             ) from None
 
     @classmethod
-    def attach(cls, process: int, handle: int, num_bytes: int) -> HostMemory:
-        """The memory that another process of this machine has open as `handle`."""
+    def attach(cls, path: Path, num_bytes: int) -> HostMemory:
+        """The memory that another process of this machine has made."""
         try:
-            opened = os.open(f"/proc/{process}/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
-            return cls(opened, num_bytes)
+            opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return cls(opened, num_bytes, path)
         except (OSError, ValueError) as error:
             raise PlacementError(
-                f"the host memory of process {process} could not be shared ({error}): the "
-                "processes of one machine must run as one user and see each other in /proc"
+                f"the host memory at {path} could not be shared ({error}): the processes of one "
+                "machine must run as one user and see each other in /proc"
             ) from None
+
+    def forget(self) -> None:
+        """Take a file's name away; its memory goes with the last process that has it open."""
+        self.path.unlink(missing_ok=True)
 
     def pin(self, pieces: Sequence[tuple[int, int]], *, device: torch.device) -> None:
         """Begin to register (start, end) pieces for `device`, in this order; page-aligned."""

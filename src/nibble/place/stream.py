@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -117,31 +117,64 @@ class Stream(Single):
 
     def _share_memory(self, num_bytes: int) -> None:
         """One memory for the processes of this machine: the first makes it, the others open it."""
-        group, refusal = self.group, None
-        if group.is_first_here:
+        self._agree(lambda: self._check_and_create(num_bytes))
+        refused = self._attach(num_bytes)
+        if refused and Path("/dev/shm").is_dir():
+            # A sandbox may keep processes from each other's files in /proc.
+            if self.group.is_first_here:
+                self._agree(lambda: self._create(num_bytes, Path("/dev/shm")))
+            else:
+                self._agree(lambda: None)
+            refused = self._attach(num_bytes)
+            if self.group.is_first_here and self.host is not None:
+                self.host.forget()
+        if refused:
+            raise PlacementError(refused)
+
+    def _check_and_create(self, num_bytes: int) -> None:
+        if self.group.is_first_here:
             budget = None if self._place.ram is None else parse_bytes(self._place.ram)
-            others = PROCESS_BYTES * group.local_world
+            others = PROCESS_BYTES * self.group.local_world
+            check_host_memory(num_bytes, other_bytes=others, budget_bytes=budget)
+            self._create(num_bytes, None)
+
+    def _create(self, num_bytes: int, folder: Path | None) -> None:
+        self.host = HostMemory.create(num_bytes, folder=folder)
+
+    def _attach(self, num_bytes: int) -> str | None:
+        """Open what the first process of this machine has made; why some process could not."""
+        group = self.group
+        mine = (_machine(), group.local_rank, str(self.host.path) if self.host else "")
+        table = group.gather(mine, "the host memory")
+        refusal: str | None = None
+        if not group.is_first_here:
+            # The nearest first process before this one that is on the same machine.
+            before = (row for row in table[group.rank :: -1] if row[:2] == (mine[0], 0))
+            found = next(before, None)
             try:
-                check_host_memory(num_bytes, other_bytes=others, budget_bytes=budget)
-                self.host = HostMemory.create(num_bytes)
+                if found is None:
+                    raise PlacementError(
+                        f"rank {group.rank} finds no first process (LOCAL_RANK=0) on its machine: "
+                        "start the processes with torchrun, srun or nibble train"
+                    )
+                self.host = HostMemory.attach(Path(found[2]), num_bytes)
             except PlacementError as error:
                 refusal = str(error)
-        told = group.gather(refusal, "the host memory")
+        refusals = group.gather(refusal, "the host memory")
+        if any(refusals) and not group.is_first_here:
+            self.host = None
+        return next((words for words in refusals if words), None)
+
+    def _agree(self, action: Callable[[], None]) -> None:
+        """Do something that may be refused here; then all raise the refusal."""
+        refusal = None
+        try:
+            action()
+        except PlacementError as error:
+            refusal = str(error)
+        told = self.group.gather(refusal, "the host memory")
         if any(told):
             raise PlacementError(next(words for words in told if words))
-        mine = (_machine(), group.local_rank, os.getpid(), self.host.handle if self.host else -1)
-        # The nearest first process before this one that is on the same machine.
-        for machine, local_rank, process, handle in group.gather(mine, "the host memory")[
-            group.rank :: -1
-        ]:
-            if self.host is None and machine == mine[0] and local_rank == 0:
-                self.host = HostMemory.attach(process, handle, num_bytes)
-        if self.host is None:
-            raise PlacementError(
-                f"rank {group.rank} finds no first process (LOCAL_RANK=0) on its machine: "
-                "start the processes with torchrun, srun or nibble train"
-            )
-        group.barrier("the host memory")
 
     def _own_blocks(self, layouts: list[Layout]) -> None:
         """Divide the packing among the machine's processes, and begin to register, own first."""
