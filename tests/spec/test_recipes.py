@@ -20,6 +20,9 @@ SHIPPED: dict[str, tuple[str, str, str, str, list[str]]] = {
     "int8-lora": ("int8", "lora", "adafactor", "causal-lm", ["data.train=a"]),
     "hqq-lora": ("hqq", "lora", "adamw", "causal-lm", ["model.path=m", "data.train=a"]),
     "full": ("none", "none", "adamw8bit", "causal-lm", ["model.path=m", "data.train=a"]),
+    "galore": ("none", "none", "adamw", "causal-lm", ["model.path=m", "data.train=a"]),
+    "pretrain": ("none", "none", "adamw", "causal-lm", ["data.train=a"]),
+    "pretrain-c4": ("none", "none", "adamw", "causal-lm", []),
     "llama-pro": ("nf4", "expand", "adamw", "causal-lm", ["model.path=m", "data.train=a"]),
     "dialogsum-smollm2": ("none", "lora", "adamw", "causal-lm", ["data.train=a", "data.eval=b"]),
     "glue-cola": ("none", "none", "adamw", "classification", ["data.train=a", "data.eval=b"]),
@@ -41,7 +44,10 @@ def test_a_shipped_recipe_is_what_it_says(name: str, tmp_path: Path) -> None:
     assert (recipe.quant.format, recipe.adapter.kind) == (store, kind)
     assert (recipe.optim.name, recipe.model.task) == (optimizer, task)
     assert recipe.output_dir == f"runs/{name}"
-    assert [source.path for source in recipe.data.train] == ["a"]
+    if name == "pretrain-c4":
+        assert [source.path for source in recipe.data.train] == ["allenai/c4"]
+    else:
+        assert [source.path for source in recipe.data.train] == ["a"]
     file = tmp_path / "again.yaml"
     file.write_text(dump_recipe(recipe))
     assert load_recipe(file) == recipe

@@ -1,0 +1,207 @@
+"""Low-rank recipes from a user's command to a checkpoint: they learn, stop, go on, and classify."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nibble import run
+from nibble.errors import ConfigError
+from nibble.spec.config import MethodName, Recipe
+from nibble.spec.load import load_recipe
+
+WORDS = ["the cat", "sat on", "a mat", "and saw", "the dog", "run to", "a tree", "by night"]
+CHANCE = 5.55
+"""ln 257: the loss of a model that knows nothing."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("nibble.data.stream.BLOCK_ROWS", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    rows = (" ".join(WORDS[(i * k) % 8] for k in range(1, 30)) + "." for i in range(1, 60))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory, cache: None) -> Path:
+    """A Llama smaller than any of the built-in ones, as a folder without weights."""
+    from nibble.spec.builtin_models import config_of
+
+    folder = tmp_path_factory.mktemp("shape")
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "vocab_size": 320, "eos_token_id": 256}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config_of("builtin:llama-9m"), **small}))
+    return folder
+
+
+def recipe(shape: Path, texts: Path, out: Path, *words: str, steps: int = 12) -> Recipe:
+    gap = () if "optim.rank=null" in words else ("optim.rank=8", "optim.refresh_every=4")
+    return load_recipe(
+        "pretrain",
+        [
+            f"model.path={shape}", "model.tokenizer=builtin:bytes", f"data.train={texts}",
+            "data.max_length=32", "data.eval_tokens=512", *gap,
+            "train.precision=fp32", "train.micro_batch_size=4",
+            "train.gradient_accumulation_steps=2", f"train.max_tokens={steps * 8 * 32}",
+            "train.eval_every=null", "train.save_every=5", "place.device=cpu",
+            "report.sinks=plain", f"output_dir={out}", *words,
+        ],
+    )  # fmt: skip
+
+
+def trained(given: Recipe) -> run.RunResult:
+    return run.train(given, stream=io.StringIO())
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    """The same numbers in the same types; keys may come in another order."""
+    assert type(one) is type(two)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert set(one) == set(two)
+        for key in one:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for pair in zip(one, two, strict=True):
+            assert_equal(*pair)
+    else:
+        assert one == two
+
+
+METHODS = [name for name in MethodName.__args__ if name != "none"]
+ROWS: dict[str, tuple[str, ...]] = {
+    **{name: (f"optim.method={name}",) for name in METHODS},
+    "apollo-mini": ("optim.method=apollo-mini", "optim.rank=1"),
+    "full": ("optim.method=none", "optim.rank=null"),
+    "full-8bit": ("optim.method=none", "optim.rank=null", "optim.name=adamw8bit"),
+    "adafactor": ("optim.name=adafactor",),
+    "lion": ("optim.name=lion", "optim.learning_rate=5e-3", "optim.betas=[0.9, 0.99]"),
+    "randomised": ("optim.basis=randomised",),
+    "layerwise-8bit": ("optim.method=galore8bit", "optim.layerwise=true"),
+    "layerwise-bf16": ("optim.layerwise=true", "train.precision=bf16"),
+    "lazy-int4": ("optim.lazy_threshold=0.3", "optim.basis_storage=int4", "optim.layerwise=true"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_learns_and_resumes_to_the_byte(
+    name: str, shape: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at step 5 of 12, between two refreshes, and across the next."""
+    result = trained(recipe(shape, texts, tmp_path / "a", *ROWS[name]))
+    assert result.outcome.step == 12
+    before, after = result.outcome.eval_loss_before, result.outcome.eval_loss_after
+    assert before is not None and after is not None
+    assert abs(before - CHANCE) < 0.4 and after < 4.2
+
+    from nibble.train.loop import _Run
+
+    step = _Run.step
+
+    def interrupted(self: _Run, batches: Any) -> Any:
+        if self.state.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batches)
+
+    again = recipe(shape, texts, tmp_path / "b", *ROWS[name])
+    monkeypatch.setattr(_Run, "step", interrupted)
+    assert trained(again).outcome.step == 5
+    monkeypatch.undo()
+    assert run.train(again, resume=True, stream=io.StringIO()).outcome.step == 12
+    one, two = (tmp_path / x / "checkpoint-12" for x in "ab")
+    assert (one / "trained.safetensors").read_bytes() == (two / "trained.safetensors").read_bytes()
+    assert_equal(*(torch.load(x / "optimizer.pt", weights_only=True) for x in (one, two)))
+
+
+def test_an_evaluation_reports_perplexity_and_tokens(
+    shape: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = io.StringIO()
+    given = recipe(shape, texts, tmp_path / "a", "train.eval_every=2", steps=4)
+    run.train(given, stream=out)
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    evals = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evals] == [0, 2, 4]
+    assert [row["tokens_seen"] for row in evals] == [0, 2 * 256, 4 * 256]
+    for row in evals:
+        assert row["eval_perplexity"] == pytest.approx(2.718281828 ** row["eval_loss"])
+    text = out.getvalue()
+    assert "perplexity" in text
+    assert "projected to rank 8 (basis svd, residual none): 14 tensors" in text
+    assert "not projected, embeddings and heads: 2 tensors" in text
+    assert "not projected, vectors and biases: 5 tensors" in text
+
+
+def test_a_built_in_shape_takes_the_tokenizers_vocabulary(texts: Path, tmp_path: Path) -> None:
+    given = recipe(Path("builtin:llama-9m"), texts, tmp_path / "a", steps=1)
+    result = trained(given)
+    stored = load_recipe(tmp_path / "a")
+    assert stored.model.vocab_size == 320 and stored.model.path == "builtin:llama-9m"
+    assert result.plan is not None and result.plan.num_total == result.summary.num_total
+    assert result.summary.num_total == 2 * 320 * 128 + 128 + 4 * (4 * 128**2 + 3 * 128 * 352 + 256)
+    # It resumes with the words that it was started with.
+    assert run.train(given, resume=True, stream=io.StringIO()).outcome.step == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("optim.rank=65",), "optim.rank=65 projects nothing: .*a side of 64"),
+        (("optim.targets=[q_prj]",), "'q_prj' names no trained matrix; there are .*q_proj"),
+    ],
+)
+def test_what_fits_no_matrix_is_refused_before_weights(
+    shape: Path, texts: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        trained(recipe(shape, texts, tmp_path / "a", *words))
+
+
+def test_fine_tuning_and_a_classification_by_galore(
+    shape: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The galore recipe goes on with a pretrained model, and GLUE's shape takes the same words."""
+    first = trained(recipe(shape, texts, tmp_path / "a", "optim.method=none", "optim.rank=null"))
+    from nibble.cli import main
+
+    assert main(["export", str(tmp_path / "a"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{WORDS[i % 8]} ", "completion": WORDS[(i + 1) % 8]} for i in range(64)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [f"model.path={tmp_path / 'hf'}", "optim.rank=8", "optim.refresh_every=3",
+              "train.precision=fp32", "train.micro_batch_size=8", "place.device=cpu",
+              "train.gradient_accumulation_steps=1", "report.sinks=plain",
+              f"data.cache_dir={tmp_path / 'cache'}", "train.epochs=2"]  # fmt: skip
+    tuned = trained(load_recipe("galore", [
+        *common, f"data.train={pairs}", "data.eval_rows=8", "data.max_length=64",
+        "optim.learning_rate=1e-2", f"output_dir={tmp_path / 'tuned'}"]))  # fmt: skip
+    assert tuned.outcome.eval_loss_before is not None
+    assert tuned.outcome.eval_loss_after is not None
+    assert tuned.outcome.eval_loss_after < tuned.outcome.eval_loss_before - 0.5
+    assert first.outcome.eval_loss_after is not None
+    table = tmp_path / "train.tsv"
+    lines = [f"{'cat' if i % 2 else 'dog'} {WORDS[i % 8]}\t{i % 2}" for i in range(64)]
+    table.write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    classes = trained(load_recipe("glue-sst2", [
+        *common, f"data.train={table}", f"data.eval={table}", "optim.method=galore",
+        "optim.learning_rate=1e-2", "train.epochs=5", f"output_dir={tmp_path / 'c'}"]))  # fmt: skip
+    assert classes.outcome.eval_loss_after is not None and classes.outcome.eval_loss_after < 0.45
