@@ -10,8 +10,9 @@ is always right:
     backward   compute   | block i+1 | block i   | block i-1 |
                in        |    x_i    |   x_i-1   |           |
 
-What it takes on the device: one block's tensors on their way out and one's on their way in. The
-last block's stay: its backward comes at once. Events order the streams and the host waits for none,
+What it takes on the device: one block's tensors on their way out and one's on their way in; above
+512 MiB a block the latter would cost more than it gains, and a block's tensors come when they are
+asked for. The last block's stay: its backward comes at once. Events order the streams and the host waits for none,
 so it may run ahead. All copies go through one side stream, which alone orders the reuse of host
 buffers. A tensor on its way out is held until the next block begins, when the computation waits for
 the copy; a buffer on its way in is made on the computation's stream, which waits for the copy
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from nibble.errors import PlacementError
+from nibble.spec.checkpointing import PREFETCH_MAX_BYTES
 from nibble.spec.units import show_bytes
 
 PORTABLE = 1
@@ -161,6 +163,11 @@ class Parked:
         self._arriving: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
         self._is_asked = False
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is here."""
+        return sum(like.numel() * like.element_size() for like in self._likes)
+
     def put(self, tensor: Tensor) -> int:
         """Send a dense tensor away and return its number here."""
         tensor = tensor.detach()
@@ -186,7 +193,7 @@ class Parked:
         self._pool.let_go()
         self.prefetch()
         below = None if self._before is None else self._before()
-        if below is not None:
+        if below is not None and below.num_bytes <= PREFETCH_MAX_BYTES:
             below.prefetch()
 
     def get(self, number: int) -> Tensor:

@@ -19,9 +19,11 @@ heads, e bytes a number (2 in bf16). A block keeps
     DoRA          e (out) T more
     dropout       h T                a byte an element
 
-Checkpointing keeps e h T a block, and one block's list again while it is recomputed. Each term is
-compared with what `saved_tensors_hooks` counts on real models in tests/spec/test_plan.py. Not here:
-tensors alive only inside an operation (`workspace_bytes` bounds those), allocator rounding.
+nibble's fast paths (`nn/fused.py`) keep less: of an RMS norm its input as it is (e h T), of a gated
+MLP gate and up (2 e f T). Feed-forward layers in tiles keep their input alone. What checkpointing
+makes of these lists is `checkpointing.py`. Each term is compared with what `saved_tensors_hooks`
+counts on real models in tests/spec/test_plan_activations.py. Not here: tensors alive only inside an
+operation (`backward_bytes` bounds those), allocator rounding.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ from dataclasses import dataclass, replace
 
 from nibble.spec.arch import Architecture
 from nibble.spec.arch_types import Parameter
+
+FAST_PATHS = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"}
+)
+"""Model types whose blocks have fast paths (the tables of `nn/fused.py`, by family)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,14 @@ class Work:
     adapter_dropout: float = 0.0
     cast: bool = True
     packed_rows: bool = False
+    fused: bool = False
+    """The blocks of a family in `FAST_PATHS` take them."""
+    mlp_tile_tokens: int | None = None
+
+    @property
+    def tiled(self) -> bool:
+        """Whether feed-forward layers see less than all tokens at once."""
+        return self.mlp_tile_tokens is not None and self.tokens > self.mlp_tile_tokens
 
 
 def kept_by_blocks(shape: Architecture, work: Work) -> list[dict[str, int]]:
@@ -70,7 +85,11 @@ def kept_by_block(shape: Architecture, work: Work, *, block: int) -> dict[str, i
     kept: dict[str, int] = {}
     _add(kept, _norms(shape, work, is_first=block == 0))
     _add(kept, _attention(shape, work))
-    _add(kept, _experts(shape, work) if shape.num_experts else _mlp(shape, work))
+    if work.tiled and not shape.num_experts:
+        linears = [linear for linear in linears if not role(linear).startswith("MLP")]
+        kept["input of MLP input"] = work.element * work.tokens * shape.sizes.hidden
+    else:
+        _add(kept, _experts(shape, work) if shape.num_experts else _mlp(shape, work))
     _add(kept, _inputs(shape, work, linears))
     _add(kept, _low_rank(work, linears))
     if shape.style.dropout:
@@ -90,30 +109,71 @@ def kept_outside(shape: Architecture, work: Work) -> dict[str, int]:
     return kept
 
 
-def checkpointed_bytes(shape: Architecture, work: Work) -> int:
-    """What the blocks keep with full checkpointing: each one's input."""
-    return shape.sizes.num_layers * work.element * work.tokens * shape.sizes.hidden
+def input_bytes(shape: Architecture, work: Work) -> int:
+    """A block's input."""
+    return work.element * work.tokens * shape.sizes.hidden
 
 
-def workspace_bytes(shape: Architecture, work: Work) -> int:
-    """The most that one operation of a block's backward holds beside what is kept.
-
-    Gradients of the MLP's inner tensors, the fp32 steps of a norm, or eager scores and gradients.
+def attention_output_bytes(shape: Architecture, work: Work) -> int:
+    """What fused attention gives: its output and a number a head and token; 0 where the scores are
+    materialised, or dropped out.
     """
+    if shape.style.scores != "fused" or shape.style.attention_dropout:
+        return 0
+    sizes = shape.sizes
+    return work.tokens * sizes.num_heads * (work.element * sizes.head_dim + 4)
+
+
+def backward_bytes(shape: Architecture, work: Work, *, block: int) -> int:
+    """The most that a block's backward holds: what it keeps, and the largest of its operations.
+
+    The feed-forward layer comes first, while all is kept; attention when what the layer kept is
+    gone. Each holds the gradient that comes in and the one that it makes.
+    """
+    kept = kept_by_block(shape, work, block=block)
+    all_of_it = sum(kept.values())
+    mlp = sum(kept.get(name, 0) for name in MLP_PARTS)
+    passing = 2 * input_bytes(shape, work)
+    first = all_of_it + max(_mlp_workspace(shape, work), _norm_workspace(shape, work))
+    return max(first, all_of_it - mlp + _attention_workspace(shape, work)) + passing
+
+
+MLP_PARTS = ("MLP", "router", "experts", "input of MLP input", "input of MLP output")
+
+
+def _mlp_workspace(shape: Architecture, work: Work) -> int:
+    """Gradients of the inner tensors; with tiles also all that a tile keeps."""
+    if work.tiled and not shape.num_experts:
+        tile = replace(work, tokens=work.mlp_tile_tokens or work.tokens, mlp_tile_tokens=None)
+        inner = sum(_mlp(shape, tile).values()) + tile.element * tile.tokens * shape.sizes.ffn
+        return inner + _mlp_workspace(shape, tile)
+    width = shape.sizes.ffn * max(shape.experts_per_token, 1)
+    # The fast gate writes its gradients where gate and up were.
+    copies = 1 if work.fused else 3 if shape.style.gated else 2
+    return copies * work.element * width * work.tokens
+
+
+def _norm_workspace(shape: Architecture, work: Work) -> int:
+    steps = work.element if work.fused else 3 * 4
+    return steps * shape.sizes.hidden * work.tokens
+
+
+def _attention_workspace(shape: Architecture, work: Work) -> int:
+    """Gradients of output, query, key and value, and what the kernel adds up in: the query's in
+    fp32, key's and value's for each of the query's heads."""
     sizes, tokens, e = shape.sizes, work.tokens, work.element
-    width = sizes.ffn * max(shape.experts_per_token, 1)
-    mlp = (3 if shape.style.gated else 2) * e * width * tokens
-    norm = 3 * 4 * sizes.hidden * tokens
-    attention = 4 * e * sizes.num_heads * sizes.head_dim * tokens
     if shape.style.scores != "fused":
-        attention = (8 + e) * sizes.num_heads * work.row_length * tokens
-    return max(mlp, norm, attention) + 2 * e * sizes.hidden * tokens
+        return (8 + e) * sizes.num_heads * work.row_length * tokens
+    shared = sizes.num_kv_heads < sizes.num_heads and not work.packed_rows
+    query = sizes.num_heads * (2 * e + 4 + (2 * e if shared else 0))
+    return tokens * sizes.head_dim * (query + 2 * e * sizes.num_kv_heads)
 
 
 def forward_bytes(shape: Architecture, work: Work) -> int:
     """The most that a block's forward holds without a graph, for evaluation."""
     sizes, tokens, e = shape.sizes, work.tokens, work.element
-    mlp = (3 if shape.style.gated else 2) * e * sizes.ffn * max(shape.experts_per_token, 1) * tokens
+    seen = min(tokens, work.mlp_tile_tokens or tokens)
+    mlp = (3 if shape.style.gated else 2) * e * sizes.ffn * max(shape.experts_per_token, 1) * seen
     attention = e * sizes.head_dim * (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * tokens
     if shape.style.scores != "fused":
         attention += (4 + e) * sizes.num_heads * work.row_length * tokens
@@ -142,6 +202,8 @@ def _norm(shape: Architecture, work: Work, width: int, *, rows: int = 1) -> int:
     size, kind = work.tokens * width * rows, shape.style.norm
     if kind == "layer":
         return work.element * size + 8 * work.tokens * rows
+    if work.fused:
+        return work.element * size
     kept = 4 * size + 4 * work.tokens * rows
     if kind == "rms_fp32":
         kept += 4 * width
@@ -191,7 +253,9 @@ def _attention(shape: Architecture, work: Work) -> dict[str, int]:
 def _mlp(shape: Architecture, work: Work) -> dict[str, int]:
     wide = work.element * work.tokens * shape.sizes.ffn
     if not shape.style.gated:
-        return {"MLP": shape.style.activation_copies * wide}
+        return {"MLP": (1 if work.fused else shape.style.activation_copies) * wide}
+    if work.fused:
+        return {"MLP": 2 * wide}
     return {"MLP": (2 + shape.style.activation_copies) * wide}
 
 
@@ -217,7 +281,9 @@ def _inputs(shape: Architecture, work: Work, linears: Iterable[Parameter]) -> di
             widths[role(linear)] = linear.matrix[1]
     if work.everything and shape.num_experts:
         widths["MLP input"] = shape.sizes.hidden  # the router's
-    if shape.style.scores == "fused" and (work.packed_rows or not shape.style.copied_output):
+    if shape.style.scores == "fused" and (
+        work.packed_rows or work.fused or not shape.style.copied_output
+    ):
         widths.pop("attention output", None)  # the kernel keeps it already
     if shape.style.shared_norm and len({"attention input", "MLP input"} & set(widths)) == 2:
         widths.pop("MLP input")

@@ -12,14 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nibble.spec.activations import (
-    Work,
-    checkpointed_bytes,
-    forward_bytes,
-    kept_by_blocks,
-    kept_outside,
-    workspace_bytes,
-)
+from nibble.spec.activations import FAST_PATHS, Work, forward_bytes, kept_outside
+from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
 from nibble.spec.formats import DTYPE_BYTES
 from nibble.spec.holdings import Holding
@@ -46,6 +40,7 @@ HOST_CATEGORIES: dict[str, str] = {
     "process": "the processes themselves",
     "streamed_base": "streamed weights",
     "tensor_in_flight": "tensors being read",
+    "offloaded_activations": "activations",
     "checkpoint_copy": "a tensor being written",
 }
 """Categories of host memory."""
@@ -102,9 +97,11 @@ def work_of(recipe: Recipe, stock: Inventory) -> Work:
         rank=adapter.rank if low_rank else 0,
         dora=adapter.kind == "dora",
         adapter_dropout=adapter.dropout if low_rank else 0.0,
-        # LoRA around a packed linear casts again instead (nn/quant.py).
-        cast=stored != compute and not (adapter.kind == "lora" and stock.num_packed > 0),
+        # LoRA casts again instead, or all at once (nn/adapted.py).
+        cast=stored != compute and adapter.kind == "dora",
         packed_rows=recipe.data.packing,
+        fused=train.fused_kernels and stock.architecture.model_type in FAST_PATHS,
+        mlp_tile_tokens=train.mlp_tile_tokens,
     )
 
 
@@ -112,11 +109,13 @@ def work_of(recipe: Recipe, stock: Inventory) -> Work:
 class Pass:
     """Bytes of one pass that all phases share."""
 
-    kept: int
-    """By blocks and outside, at the end of the forward pass."""
+    blocks: Keeping
     outside: int
-    one_block: int
-    """A block's own list, recomputed or the last one alive, with its backward workspace."""
+    """Kept by what lies around the blocks until the loss has its gradient."""
+    throughout: int
+    """Of that, what all blocks read."""
+    copies: int
+    """Of adapters, in the type that the model computes in."""
     forward: int
     dequantised: int
     logits_training: int
@@ -125,10 +124,9 @@ class Pass:
     @staticmethod
     def of(recipe: Recipe, stock: Inventory, work: Work) -> Pass:
         shape = stock.architecture
-        blocks = [sum(kept.values()) for kept in kept_by_blocks(shape, work)]
-        outside = sum(kept_outside(shape, work).values())
-        largest = max(blocks, default=0)
-        full = recipe.train.activation_checkpointing == "full"
+        around = kept_outside(shape, work)
+        is_lora = recipe.adapter.kind == "lora" and recipe.train.adapter_precision != "bf16"
+        narrow = is_lora and work.fused and work.element < 4
         chunk = min(recipe.train.loss_chunk_tokens, work.tokens)
         is_lm = shape.head_size > 0
         vocabulary = shape.sizes.vocab if is_lm else 0
@@ -138,9 +136,10 @@ class Pass:
         if shape.encoder and is_lm:
             logits = work.tokens * vocabulary * (8 + work.element)  # made by the model, in full
         return Pass(
-            kept=outside + (checkpointed_bytes(shape, work) if full else sum(blocks)),
-            outside=outside,
-            one_block=(largest if full else 0) + workspace_bytes(shape, work),
+            blocks=keeping(shape, work, recipe.train),
+            outside=sum(around.values()),
+            throughout=around["rotary angles"] + around["ids"],
+            copies=stock.num_adapter * work.element if narrow else 0,
             forward=forward_bytes(shape, work),
             dequantised=stock.largest_packed * work.element,
             logits_training=logits + head,
@@ -183,9 +182,11 @@ def phase(name: str, run: Run) -> Phase:
     if not run.on_cpu:
         device["allocator"] = int(ALLOCATOR_SHARE * sum(device.values()))
         device["cuda_context"] = CUDA_CONTEXT_BYTES
+    stepping = name in ("first step", "steady step", "evaluation", "save")  # the pool stays
     host = {
         "process": PROCESS_BYTES * share.num_processes,
         "streamed_base": share.streamed,
+        "offloaded_activations": run.seen.blocks.host * share.num_processes if stepping else 0,
         "tensor_in_flight": 0,
         "checkpoint_copy": 0,
     }
@@ -217,23 +218,40 @@ def _step_moments(run: Run) -> _Moments:
     recipe, stock, seen = run.recipe, run.stock, run.seen
     gradients = run.held.gradients
     before = gradients if recipe.train.gradient_accumulation_steps > 1 else 0
-    full = recipe.train.activation_checkpointing == "full"
-    last = seen.outside + (
-        0 if full else (seen.kept - seen.outside) // max(1, stock.architecture.sizes.num_layers)
-    )
     largest = max((tensor.nbytes // 2 for tensor in stock.trained), default=0)
-    block = {
-        "activation_workspace": seen.one_block + stock.passing_gradient_bytes,
-        "dequantised": seen.dequantised,
-    }
-    return {
+    blocks, always = seen.blocks, seen.throughout + seen.copies
+
+    def backward(workspace: int) -> dict[str, int]:
+        return {
+            "activation_workspace": workspace + stock.passing_gradient_bytes,
+            "dequantised": seen.dequantised,
+        }
+
+    moments = {
         "the loss": {
-            "activations_kept": seen.kept,
+            "activations_kept": seen.outside + seen.copies + blocks.forward_ends,
             "logits": seen.logits_training,
             "gradients": before,
         },
-        "backward begins": {"activations_kept": seen.kept, "gradients": before, **block},
-        "backward ends": {"activations_kept": last, "gradients": gradients, **block},
+    }
+    if blocks.num_again < blocks.num_blocks:
+        moments["backward begins"] = {
+            "activations_kept": always + blocks.forward_ends,
+            "gradients": before,
+            **backward(blocks.kept_backward),
+        }
+    if blocks.num_again:
+        moments["the first block computed again"] = {
+            "activations_kept": always + blocks.again,
+            "gradients": before,
+            **backward(blocks.again_backward),
+        }
+    return moments | {
+        "backward ends": {
+            "activations_kept": always + blocks.first_block,
+            "gradients": gradients,
+            **backward(blocks.again_backward or blocks.kept_backward),
+        },
         "the update": {
             "gradients": gradients,
             "optimizer_state": run.held.optimizer_state,

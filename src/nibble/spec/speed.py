@@ -8,8 +8,8 @@ is trained and once where it is frozen, forward again where blocks are recompute
 backward is 2.5 times its forward. Bytes moved are the packed and dense weights at each unpacking,
 the elementwise traffic (a multiple of what the blocks keep: transformers' unfused norms and
 rotations) and the optimiser's pass over its tensors. Kernels are launched by Python, which small
-batches wait for. Over the bus come streamed blocks, once forward and once backward; they hide
-behind the rest.
+batches wait for. Over the bus come streamed blocks, once forward and once backward, and activations
+that wait on the host, once each way; they hide behind the rest.
 
 The multiples come from a profile of transformers with peft on one H200 (QLoRA of a Llama 3 8B
 shape, 4 x 2048 tokens: 524 ms of products, 318 elementwise, 29 unpacking, 45 attention; 1 x 2048:
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nibble.spec.activations import Work, kept_by_block
+from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices, Holding
@@ -112,17 +113,18 @@ def estimate(
 ) -> tuple[float, Speed | None]:
     """FLOPs of a step on all devices, and its speed where the card is known."""
     passes = recipe.train.gradient_accumulation_steps
-    products, attention = _flops(recipe, stock, work)
+    blocks = keeping(stock.architecture, work, recipe.train)
+    products, attention = _flops(recipe, stock, work, blocks)
     flops = passes * (products + attention)
     if hardware is None:
         return flops * devices.total, None
     rate = hardware.matmul_flops
-    moved = passes * _traffic(recipe, stock, work) + _update_traffic(stock)
+    moved = passes * _traffic(stock, work, blocks) + _update_traffic(stock)
     return flops * devices.total, Speed(
         products_s=passes * (products / rate + attention / (rate * ATTENTION_RATE_SHARE)),
         memory_s=moved / hardware.bandwidth_bytes,
-        launches_s=passes * _kernels(recipe, stock) * LAUNCH_S,
-        bus_s=passes * 2 * _pulled(stock, held) / hardware.bus_bytes,
+        launches_s=passes * _kernels(stock, blocks) * LAUNCH_S,
+        bus_s=passes * 2 * (_pulled(stock, held) + blocks.host) / hardware.bus_bytes,
         tokens_per_step=passes * work.tokens * devices.total,
         num_devices=devices.total,
         power_w=hardware.power_w,
@@ -137,29 +139,28 @@ def _pulled(stock: Inventory, held: Holding) -> int:
     return stock.base_bytes - (held.base_codes + held.base_scales + held.base_weights)
 
 
-def _flops(recipe: Recipe, stock: Inventory, work: Work) -> tuple[float, float]:
+def _flops(recipe: Recipe, stock: Inventory, work: Work, blocks: Keeping) -> tuple[float, float]:
     """FLOPs of one pass: matrix products, attention."""
     shape, tokens = stock.architecture, work.tokens
-    full = recipe.train.activation_checkpointing == "full"
     base = 2.0 * shape.matmul_size * tokens
     attention = shape.attention_flops_per_token(work.row_length) * tokens
     head = 2.0 * shape.head_size * tokens
     low_rank = 2.0 * stock.num_adapter * tokens
+    again = blocks.again_share
     backward = 2.0 if work.everything else 1.0
-    times = 1.0 + backward + (1.0 if full else 0.0)
-    products = base * times + head * (3.0 if stock.head_trained else 2.0)
-    products += low_rank * (4.0 if full else 3.0)
-    return products, attention * (4.5 if full else 3.5)
+    products = base * (1.0 + backward + again) + head * (3.0 if stock.head_trained else 2.0)
+    products += low_rank * (3.0 + again)
+    attention_again = 0.0 if recipe.train.activation_checkpointing == "selective" else again
+    return products, attention * (3.5 + attention_again)
 
 
-def _traffic(recipe: Recipe, stock: Inventory, work: Work) -> float:
+def _traffic(stock: Inventory, work: Work, blocks: Keeping) -> float:
     """Bytes of device memory that one pass moves, products apart."""
-    full = recipe.train.activation_checkpointing == "full"
-    shape = stock.architecture
+    shape, again = stock.architecture, blocks.again_share
     block = sum(kept_by_block(shape, work, block=max(0, shape.sizes.num_layers - 1)).values())
-    elementwise = (ELEMENTWISE_TRAFFIC if full else 15) * block * shape.sizes.num_layers
+    elementwise = (15 + (ELEMENTWISE_TRAFFIC - 15) * again) * block * shape.sizes.num_layers
     packed = stock.base_codes_bytes + stock.base_scales_bytes
-    unpacking = (3 if full else 2) * (packed + 2 * work.element * stock.num_packed)
+    unpacking = (2 + again) * (packed + 2 * work.element * stock.num_packed)
     return float(elementwise + unpacking)
 
 
@@ -168,12 +169,11 @@ def _update_traffic(stock: Inventory) -> float:
     return float(2 * stock.trained_bytes + 2 * stock.optimizer_bytes + 3 * stock.trained_bytes)
 
 
-def _kernels(recipe: Recipe, stock: Inventory) -> float:
+def _kernels(stock: Inventory, blocks: Keeping) -> float:
     """Kernels of one pass."""
     layers = max(1, stock.architecture.sizes.num_layers)
     adapters = len(stock.adapted) / layers
     linears = sum(p.kind == "linear" for p in stock.architecture.parameters) / layers
     one = KERNELS_PER_BLOCK + KERNELS_PER_ADAPTER * adapters
     one += KERNELS_PER_UNPACKING * (linears if stock.num_packed else 0)
-    full = recipe.train.activation_checkpointing == "full"
-    return layers * one * (4 if full else 3)
+    return layers * one * (3 + blocks.again_share)
