@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from nibble.launch.processes import Ended, RunFailed, Signals, run_processes
+from nibble.errors import DataError, PeerError
+from nibble.launch.processes import (
+    RESTARTABLE,
+    Ended,
+    RunFailed,
+    Signals,
+    report_error,
+    run_processes,
+)
 from nibble.launch.supervise import _verdict
 
 SAY = """
@@ -21,7 +29,7 @@ import json, os, signal, sys, time
 rank = int(os.environ["RANK"])
 def fail(kind, line, code=1):
     with open(os.environ["NIBBLE_ERROR_FILE"], "w") as file:
-        json.dump({"kind": kind, "line": line, "at_s": time.time()}, file)
+        json.dump({"kind": kind, "line": line, "at_s": time.time(), "explained": True}, file)
     sys.exit(code)
 """
 
@@ -168,3 +176,23 @@ def test_no_process_outlives_who_started_it(tmp_path: Path) -> None:
             break
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "explained"),
+    [
+        (PeerError("rank 1 has gone"), "PeerError", True),
+        (DataError("no rows"), "DataError", True),
+        (RuntimeError("CUDA error: an illegal memory access"), "", False),
+        (TypeError("unexpected keyword"), "TypeError", False),
+    ],
+)
+def test_an_error_is_left_to_who_started_the_process(
+    error: Exception, kind: str, explained: bool, tmp_path: Path
+) -> None:
+    assert not report_error(error, str(error), {})
+    assert report_error(error, str(error), {"NIBBLE_ERROR_FILE": str(tmp_path / "0.json")})
+    told = json.loads((tmp_path / "0.json").read_text())
+    assert (told["kind"], told["line"]) == (kind, str(error))
+    assert told["explained"] is explained
+    assert (kind in RESTARTABLE) is (kind in ("", "PeerError"))

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
-from nibble.errors import NibbleError, PeerError, PlacementError
+from nibble.errors import NibbleError, PlacementError
 
 ERROR_FILE = "NIBBLE_ERROR_FILE"
 GRACE_S, POLL_S, LOOK_S, TAIL_BYTES = 8.0, 0.05, 1.0, 4000
@@ -41,7 +41,7 @@ SIGNALS = {
 INTERRUPTED = 130
 """Exit code of a process that was told to stop, and has saved if it could."""
 RESTARTABLE = frozenset({"", "PlacementError", "PeerError"})
-"""Errors that may not come again: a machine or process that vanished, or something unknown."""
+"""Errors that may not come again: a machine or process that vanished, a card that failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ class _Process:
                 kind=told.get("kind", ""),
                 line=told.get("line", ""),
                 at_s=told.get("at_s", time.time()),
-                tail="" if told.get("kind") else self._tail(),
+                tail="" if told.get("explained") else self._tail(),
             )
         return True
 
@@ -271,10 +271,11 @@ def report_error(error: BaseException, line: str, environment: Mapping[str, str]
     path = environment.get(ERROR_FILE)
     if path is None:
         return False
-    kind = type(error).__name__ if isinstance(error, NibbleError) else ""
-    if isinstance(error, PeerError):
-        kind = "PeerError"
-    told = {"kind": kind, "line": line, "at_s": time.time()}
+    explained = isinstance(error, NibbleError)
+    # A card, a network or a disk may do better the next time; a bug does not.
+    luck = isinstance(error, RuntimeError | OSError)
+    kind = "" if luck else type(error).__name__
+    told = {"kind": kind, "line": line, "at_s": time.time(), "explained": explained}
     part = Path(f"{path}.part")
     part.write_text(json.dumps(told), encoding="utf-8")
     part.replace(path)
