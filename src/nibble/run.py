@@ -35,7 +35,7 @@ from nibble.spec.plan import Plan
 from nibble.train.checkpoint import Checkpoints
 from nibble.train.folder import RunFolder, gather_versions
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
-from nibble.train.planned import advice, plan_run, to_text
+from nibble.train.planned import advice, decided, plan_run, to_text
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
 from nibble.train.sinks import SinkContext, make_sinks
@@ -94,6 +94,7 @@ def _train(
         folder.write_recipe(recipe)
         folder.write(DATA, _data_text(splits))
         planned = plan_run(assembly, place, group, note=report.note)
+        assembly = decided(assembly, planned, note=report.note)
         with out_of_memory_is_explained(advice(planned, place)):
             state, settings = _load(assembly, splits, place, report)
             checkpoints = Checkpoints(
@@ -171,8 +172,9 @@ def _model_and_data(recipe: Recipe, group: Group, report: Report) -> tuple[Assem
         can_pack = assembly.built.family.can_pack
         splits = _prepare(recipe, assembly.tokenizer, group, report, can_pack=can_pack)
     _check_positions(assembly, splits)
+    keeps_attention = recipe.train.activation_checkpointing == "selective"
     if (
-        recipe.data.packing
+        (recipe.data.packing or keeps_attention)
         and attention_name(type(assembly.model), assembly.built.config) == PACKED
     ):
         assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]

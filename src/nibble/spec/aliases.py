@@ -12,7 +12,7 @@ finds them wherever only one path ends in them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import translations as t
@@ -23,7 +23,25 @@ from .words import Late, Translator, Vocabulary
 
 _ANSWERS = t.switch("data.loss_on", "answers", "all")
 _EVERYTHING = t.switch("data.loss_on", "all", "answers")
-_CHECKPOINTING = {True: "full", False: "none", "unsloth": "full", "full": "full", "none": "none"}
+_CHECKPOINTING = {
+    True: "full",
+    False: "none",
+    "unsloth": "full",
+    "offload": "full",
+    "full": "full",
+    "selective": "selective",
+    "none": "none",
+}
+_OFFLOADED = ("unsloth", "offload")
+"""Values of the words for checkpointing that also move what is kept to the host."""
+
+
+def _checkpointing(value: Any, layer: t.Layer) -> Iterator[t.Claim]:
+    yield from t.choice("train.activation_checkpointing", _CHECKPOINTING)(value, layer)
+    if value in _OFFLOADED:
+        yield t.Claim("train.activation_offload", True)
+
+
 
 ALIASES: Mapping[str, str | Translator | Late] = {
     # The model
@@ -264,11 +282,14 @@ ALIASES: Mapping[str, str | Translator | Late] = {
     "pure_bf16": t.mixed_precision("bf16"),
     "dtype": "train.precision",
     "torch_dtype": "train.precision",
-    "gradient_checkpointing": t.choice("train.activation_checkpointing", _CHECKPOINTING),
-    "use_gradient_checkpointing": t.choice("train.activation_checkpointing", _CHECKPOINTING),
-    "enable_activation_checkpointing": t.choice("train.activation_checkpointing", _CHECKPOINTING),
-    "grad_checkpoint": t.choice("train.activation_checkpointing", _CHECKPOINTING),
+    "gradient_checkpointing": _checkpointing,
+    "use_gradient_checkpointing": _checkpointing,
+    "enable_activation_checkpointing": _checkpointing,
+    "grad_checkpoint": _checkpointing,
     "disable_gradient_checkpointing": t.switch("train.activation_checkpointing", "none", "full"),
+    "activation_offloading": "train.activation_offload",
+    "enable_activation_offloading": "train.activation_offload",
+    "offload_activations": "train.activation_offload",
     "gradient_checkpointing_kwargs.use_reentrant": t.only(
         False, advice="nibble's checkpointing is not re-entrant"
     ),

@@ -127,10 +127,7 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
             default=True, help="accepted either way: with one device the model stays on it"
         ),
         "use_activation_cpu_offload": Flag(
-            default=False,
-            help="activations in host memory",
-            fixed=(False,),
-            why="offloading activations is not supported yet",
+            default=False, help="what checkpointed blocks keep waits in host memory"
         ),
         "low_memory": Flag(
             default=True,

@@ -219,6 +219,8 @@ def _train(flags: Flags, kind: TrainType) -> dict[str, Any]:
     }
     if adapter_precision != "auto" and kind.adapter in ("lora", "dora"):
         train["adapter_precision"] = adapter_precision
+    if flags["use_activation_cpu_offload"]:
+        train["activation_offload"] = True
     if flags["max_steps"] > 0:
         train["max_steps"] = flags["max_steps"] // flags["gradient_accumulation_steps"]
     else:

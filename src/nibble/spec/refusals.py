@@ -45,8 +45,6 @@ REFUSED: dict[str, str] = {
     "device_map": "nibble places a model by `place`: remove it",
     "max_memory": "give place.vram, such as 24GiB",
     "layer_offloading": _OFFLOAD,
-    "activation_offloading": _OFFLOAD,
-    "enable_activation_offloading": _OFFLOAD,
     "use_cpu_offload": _OFFLOAD,
     "offload_*": _OFFLOAD,
     "use_kt": _OFFLOAD,

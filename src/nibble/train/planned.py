@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from nibble.place import Group, resolved
 from nibble.place.base import Memory, Placement
 from nibble.spec.advice import advise
 from nibble.spec.arch import architecture
+from nibble.spec.decide import decide
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.phases import CUDA_CONTEXT_BYTES
@@ -42,9 +44,13 @@ def plan_run(
     devices = Devices(
         per_machine=group.local_world, machines=max(1, group.world // group.local_world)
     )
-    made = plan(recipe, architecture=shape, hardware=_card(place), on_cpu=on_cpu, devices=devices)
+    words = {"hardware": _card(place), "on_cpu": on_cpu, "devices": devices}
+    made = plan(recipe, architecture=shape, **words)  # type: ignore[arg-type]
     limits = group.gather(_limit_bytes(made, place), "the plan")
     least = min((limit for limit in limits if limit is not None), default=None)
+    if recipe.train.keep_blocks == "auto":
+        recipe = decide(recipe, architecture=shape, limit_bytes=least, **words)  # type: ignore[arg-type]
+        made = plan(recipe, architecture=shape, **words)  # type: ignore[arg-type]
     try:
         made.check(least)
     except PlanError as error:
@@ -52,6 +58,19 @@ def plan_run(
             raise
         raise PlanError(f"the device of rank {limits.index(least)} has least: {error}") from None
     return made
+
+
+def decided(
+    assembly: Assembly, planned: Plan | None, *, note: Callable[[str], None]
+) -> Assembly:
+    """The assembly with the number of kept blocks that the plan found for `auto`; 0 without one."""
+    recipe = assembly.recipe
+    if recipe.train.keep_blocks != "auto":
+        return assembly
+    kept = 0 if planned is None else planned.recipe.train.keep_blocks
+    note(f"{kept} of the blocks keep their activations (train.keep_blocks)")
+    train = recipe.train.model_copy(update={"keep_blocks": kept})
+    return replace(assembly, recipe=recipe.model_copy(update={"train": train}))
 
 
 def _card(place: Placement) -> Hardware | None:
