@@ -173,10 +173,9 @@ def _model_and_data(recipe: Recipe, group: Group, report: Report) -> tuple[Assem
         splits = _prepare(recipe, assembly.tokenizer, group, report, can_pack=can_pack)
     _check_positions(assembly, splits)
     keeps_attention = recipe.train.activation_checkpointing == "selective"
-    if (
-        (recipe.data.packing or keeps_attention)
-        and attention_name(type(assembly.model), assembly.built.config) == PACKED
-    ):
+    if (recipe.data.packing or keeps_attention) and attention_name(
+        type(assembly.model), assembly.built.config
+    ) == PACKED:
         assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]
     summary = _summary(assembly)
     share = summary.num_trainable / max(1, summary.num_total)

@@ -19,7 +19,7 @@ from . import translations as t
 from . import translations_data as td
 from . import translations_optim as to
 from .refusals import refusal
-from .words import Late, Translator, Vocabulary
+from .words import Claim, Late, Layer, Translator, Vocabulary
 
 _ANSWERS = t.switch("data.loss_on", "answers", "all")
 _EVERYTHING = t.switch("data.loss_on", "all", "answers")
@@ -36,11 +36,10 @@ _OFFLOADED = ("unsloth", "offload")
 """Values of the words for checkpointing that also move what is kept to the host."""
 
 
-def _checkpointing(value: Any, layer: t.Layer) -> Iterator[t.Claim]:
+def _checkpointing(value: Any, layer: Layer) -> Iterator[Claim]:
     yield from t.choice("train.activation_checkpointing", _CHECKPOINTING)(value, layer)
     if value in _OFFLOADED:
-        yield t.Claim("train.activation_offload", True)
-
+        yield Claim("train.activation_offload", True)
 
 
 ALIASES: Mapping[str, str | Translator | Late] = {

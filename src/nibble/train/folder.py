@@ -46,6 +46,9 @@ HARMLESS = (
     "train.log_every",
     "train.profile",
     "train.activation_checkpointing",
+    "train.keep_blocks",
+    "train.activation_offload",
+    "train.mlp_tile_tokens",
     "train.loss_chunk_tokens",
 )
 """Fields, or sections, that a resumed run may change: how long, where, how often it is looked at,

@@ -60,9 +60,7 @@ def plan_run(
     return made
 
 
-def decided(
-    assembly: Assembly, planned: Plan | None, *, note: Callable[[str], None]
-) -> Assembly:
+def decided(assembly: Assembly, planned: Plan | None, *, note: Callable[[str], None]) -> Assembly:
     """The assembly with the number of kept blocks that the plan found for `auto`; 0 without one."""
     recipe = assembly.recipe
     if recipe.train.keep_blocks != "auto":
