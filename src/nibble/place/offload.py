@@ -12,11 +12,11 @@ is always right:
 
 What it takes on the device: one block's tensors on their way out and one's on their way in; above
 512 MiB a block the latter would cost more than it gains, and a block's tensors come when they are
-asked for. The last block's stay: its backward comes at once. Events order the streams and the host waits for none,
-so it may run ahead. All copies go through one side stream, which alone orders the reuse of host
-buffers. A tensor on its way out is held until the next block begins, when the computation waits for
-the copy; a buffer on its way in is made on the computation's stream, which waits for the copy
-before it reads.
+asked for. The last block's stay: its backward comes at once. Events order the streams and the host
+waits for none, so it may run ahead. All copies go through one side stream, which alone orders the
+reuse of host buffers. A tensor on its way out is held until the next block begins, when the
+computation waits for the copy; a buffer on its way in is made on the computation's stream, which
+waits for the copy before it reads.
 
 Host memory is a pool of buffers that live as long as the run: registered with the driver, exactly
 as large as the largest tensor that needed one (torch's pinned allocator would round 33 MiB up to
@@ -30,6 +30,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Buffer:
         self.num_bytes = num_bytes
         self.bytes = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
         if device.type == "cuda":
-            runtime = torch.cuda.cudart()
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             address = self.bytes.data_ptr()
             code = int(runtime.cudaHostRegister(address, num_bytes, PORTABLE))
             if code != 0:
@@ -79,7 +80,9 @@ class HostPool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: list[Buffer] = []
         self.num_bytes = 0
         """Of all buffers."""

@@ -27,8 +27,9 @@ from nibble.spec.arch import Architecture
 from nibble.spec.config import Train
 
 PREFETCH_MAX_BYTES = 512 << 20
-"""What a block keeps comes back from the host one block ahead up to this size. More comes when it is
-asked for: of a block that large the copy is a hundredth, and twice its memory would be the price."""
+"""What a block keeps comes back from the host one block ahead up to this size. More comes when it
+is asked for: the copy is a hundredth of so large a block's time, and its memory would be the price.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
