@@ -122,8 +122,12 @@ class RandomWeights:
     def __len__(self) -> int:
         return sum(1 for _ in self.skeleton.parameters())
 
-    def only(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) of each parameter, tied ones once; vectors are ones, biases zeros."""
+    def only(
+        self, wanted: Callable[[str], bool], rows: Callable[[str], slice | None] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of each parameter, tied ones once; vectors are ones, biases
+        zeros. Values come whole, whatever `rows` would do with."""
+        del rows
         for name, parameter in self.skeleton.named_parameters():
             if wanted(name):
                 value = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)

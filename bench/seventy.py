@@ -53,7 +53,10 @@ CHUNK_BYTES = 16 << 20
 class SeededWeights(RandomWeights):
     """Values that depend on their name alone, so that every run has the same."""
 
-    def only(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    def only(
+        self, wanted: Callable[[str], bool], rows: Callable[[str], slice | None] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        del rows
         generator = torch.Generator(self.device)
         for name, parameter in self.skeleton.named_parameters():
             if not wanted(name):

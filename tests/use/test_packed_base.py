@@ -24,7 +24,7 @@ from nibble.spec.config import Place, Quant
 from nibble.spec.formats import format_spec
 from nibble.use import packed
 from nibble.use.assemble import assemble, fill
-from nibble.weights.packed_cache import CacheWriter, cache_folder, open_cache
+from nibble.weights.packed_cache import CacheWriter, StoredTensors, cache_folder, open_cache
 
 NF4 = format_spec(Quant(format="nf4"))
 assert NF4 is not None
@@ -153,5 +153,9 @@ def test_parts_of_several_processes_make_one_entry(tmp_path: Path) -> None:
     for name, tensors in weights.items():
         assert stored[name].tensors.keys() == tensors.keys()
         assert all(torch.equal(stored[name].tensors[leaf], tensors[leaf]) for leaf in tensors)
+        part = stored[name].tensors
+        assert isinstance(part, StoredTensors)
+        some = part.rows(slice(1, 2))
+        assert all(torch.equal(some[leaf], tensors[leaf][1:2]) for leaf in tensors)
     left = {path.suffix for path in tmp_path.iterdir()} - {".safetensors", ".json"}
     assert left <= {".part-0"}  # of the run that was killed

@@ -26,7 +26,13 @@ from torch import nn
 from nibble.nn.adapters import locate
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.place.base import Placement
-from nibble.weights.packed_cache import CacheWriter, cache_folder, cache_key, open_cache
+from nibble.weights.packed_cache import (
+    CacheWriter,
+    StoredTensors,
+    cache_folder,
+    cache_key,
+    open_cache,
+)
 
 if TYPE_CHECKING:
     from nibble.use.assemble import Assembly, Value
@@ -71,20 +77,30 @@ def values(
         names = frozenset(stored)
         for name in filter(wanted, sorted(names)):
             # Taken out, so that what was read of it goes with it.
-            yield name, stored.pop(name)
-        yield from assembly.values(lambda name: name not in names and wanted(name))
+            yield name, _rows_of(stored.pop(name), rows(name))
+        yield from assembly.values(lambda name: name not in names and wanted(name), rows)
         return
     writer = _writer(assembly, place, entry, note)
-    yield from _kept(assembly, writer, wanted)
+    yield from _kept(assembly, writer, wanted, rows)
+
+
+def _rows_of(packed: PackedWeight, rows: slice | None) -> PackedWeight:
+    """The rows of a packed weight, which are a packed weight; the others are not read."""
+    if rows is None or not isinstance(packed.tensors, StoredTensors):
+        return packed
+    return PackedWeight(spec=packed.spec, tensors=packed.tensors.rows(rows))
 
 
 def _kept(
-    assembly: Assembly, writer: _Writer | None, wanted: Callable[[str], bool]
+    assembly: Assembly,
+    writer: _Writer | None,
+    wanted: Callable[[str], bool],
+    rows: Callable[[str], slice | None],
 ) -> Iterator[tuple[str, Value]]:
     """Values from the checkpoint, each one kept when the placement has packed it."""
     whole = False
     try:
-        for name, value in assembly.values(wanted):
+        for name, value in assembly.values(wanted, rows):
             yield name, value
             if writer is not None and name in writer.names:
                 if isinstance(value, PackedWeight):
