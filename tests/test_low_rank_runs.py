@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nibble import run
 from nibble.errors import ConfigError
@@ -88,6 +89,9 @@ def assert_equal(one: Any, two: Any) -> None:
 
 
 METHODS = [name for name in MethodName.__args__ if name != "none"]
+LORA = ("optim.method=none", "optim.rank=null", "adapter.kind=lora", "adapter.rank=8",
+        "adapter.modules_to_save=[embed_tokens,lm_head,norm,input_layernorm,"
+        "post_attention_layernorm]")  # fmt: skip
 ROWS: dict[str, tuple[str, ...]] = {
     **{name: (f"optim.method={name}",) for name in METHODS},
     "apollo-mini": ("optim.method=apollo-mini", "optim.rank=1"),
@@ -98,6 +102,20 @@ ROWS: dict[str, tuple[str, ...]] = {
     "randomised": ("optim.basis=randomised",),
     "layerwise-8bit": ("optim.method=galore8bit", "optim.layerwise=true"),
     "layerwise-bf16": ("optim.layerwise=true", "train.precision=bf16"),
+    "lora": (*LORA, "optim.learning_rate=1e-2"),
+    "relora": (
+        *LORA,
+        "optim.restart_every=4",
+        "optim.restart_warmup_steps=2",
+        "optim.learning_rate=1e-2",
+    ),
+    "factorised": (
+        "optim.method=none",
+        "optim.rank=null",
+        "adapter.kind=factorised",
+        "adapter.rank=8",
+        "optim.learning_rate=2e-2",
+    ),
     "lazy-int4": ("optim.lazy_threshold=0.3", "optim.basis_storage=int4", "optim.layerwise=true"),
 }
 
@@ -128,8 +146,28 @@ def test_a_row_learns_and_resumes_to_the_byte(
     monkeypatch.undo()
     assert run.train(again, resume=True, stream=io.StringIO()).outcome.step == 12
     one, two = (tmp_path / x / "checkpoint-12" for x in "ab")
-    assert (one / "trained.safetensors").read_bytes() == (two / "trained.safetensors").read_bytes()
-    assert_equal(*(torch.load(x / "optimizer.pt", weights_only=True) for x in (one, two)))
+    assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+    for file in one.glob("*.safetensors"):
+        assert_equal(load_file(file), load_file(two / file.name))
+    numbers = [json.loads((x / "optimizer.json").read_text()) for x in (one, two)]
+    assert numbers[0] == numbers[1]
+
+
+def test_restarts_change_the_base_and_begin_again(shape: Path, texts: Path, tmp_path: Path) -> None:
+    words = (*ROWS["relora"], "train.save_every=1", "train.keep_checkpoints=20")
+    trained(recipe(shape, texts, tmp_path / "a", *words))
+    at = {n: load_file(tmp_path / f"a/checkpoint-{n}/trained.safetensors") for n in range(1, 13)}
+    base = "model.layers.0.self_attn.q_proj.base.weight"
+    a, b = (base.replace("base.weight", f"lora_{x}") for x in "AB")
+    assert torch.equal(at[1][base], at[3][base])
+    assert not torch.equal(at[3][base], at[4][base]) and torch.equal(at[4][base], at[7][base])
+    assert not at[4][b].any() and at[6][b].any() and not at[8][b].any()
+    assert not torch.equal(at[4][a], at[8][a])
+    assert torch.linalg.matrix_rank(at[8][base] - at[1][base]) == 16  # two updates of rank 8
+    assert at[12][b].any()  # nothing is begun at the end
+    rows = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates[4] == 0 and rates[5] == pytest.approx(rates[6] / 2, rel=0.3) and rates[8] == 0
 
 
 def test_an_evaluation_reports_perplexity_and_tokens(

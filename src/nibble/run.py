@@ -26,6 +26,7 @@ from nibble.errors import ConfigError, DataError
 from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
+from nibble.nn.merging import merged_weights
 from nibble.optim.schedules import factor, num_warmup_steps
 from nibble.place import Group, placement
 from nibble.place.activations import Activations
@@ -38,6 +39,7 @@ from nibble.train.loop import Evaluate, Outcome, Settings, loop
 from nibble.train.planned import advice, decided, plan_run, to_text
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
+from nibble.train.restarts import restart_every_
 from nibble.train.sinks import SinkContext, make_sinks
 from nibble.train.state import LossScaler, TrainState, seed_everything
 from nibble.use.assemble import Assembly, assemble, fill, storage_dtype
@@ -307,6 +309,15 @@ def _load(
         parameters=trained,
         place=place,
     )
+    if recipe.optim.restart_every is not None:
+        restart_every_(
+            recipe.optim.restart_every,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            seed=recipe.train.seed,
+        )
+        state.parameters = {**trained, **merged_weights(model)}
     settings = Settings(
         max_steps=max_steps,
         steps_per_epoch=steps_per_epoch,

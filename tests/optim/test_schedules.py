@@ -79,3 +79,20 @@ def test_warm_up_of_a_run() -> None:
         Schedule(optimizer, name="cosine", total_steps=5, warmup_steps=6)
     with pytest.raises(ConfigError, match="constant, linear, cosine"):
         Schedule(optimizer, name="polynomial", total_steps=5)
+
+
+def test_restarts_warm_up_again_below_the_schedule() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    plain = [factor(s, total_steps=40, warmup_steps=4, floor_ratio=0.1, name="cosine")
+             for s in range(40)]  # fmt: skip
+    schedule = Schedule(optimizer, name="cosine", total_steps=40, warmup_steps=4, floor_ratio=0.1,
+                        restart_every=10, restart_warmup_steps=4)  # fmt: skip
+    seen = []
+    for _ in range(40):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    for step, (rate, whole) in enumerate(zip(seen, plain, strict=True)):
+        share = 1.0 if step < 10 else min(1.0, (step % 10) / 4)
+        assert rate == pytest.approx(whole * share)

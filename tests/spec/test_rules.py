@@ -88,6 +88,11 @@ EFFECTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
            ("basis", "svd", {}), ("basis_storage", "bf16", {}), ("residual", "fira", {}),
            ("stagger", True, {}), ("lazy_threshold", 0.4, {}), ("layerwise", True, {}),
            ("targets", ["q_proj"], {}), ("weights", "int8", {}))},
+    "optim.restart_every": ([{"optim": {"restart_every": 9}}],
+                            [LORA, {"optim": {"restart_every": 9}}]),
+    "optim.restart_warmup_steps": (
+        [LORA, {"optim": {"restart_warmup_steps": 9}}],
+        [LORA, {"optim": {"restart_every": 9, "restart_warmup_steps": 9}}]),
     "optim.norm_growth": ([{"optim": {"rank": 4, "norm_growth": 1.1}}],
                           [{"optim": {"method": "fira", "norm_growth": 1.1}}]),
     "optim.floor_ratio": ([{"optim": {"schedule": "constant", "floor_ratio": 0.1}}],
@@ -169,6 +174,11 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "a stream without an end": ([{"data": {"streaming": True}}],
                                 ["data.streaming", "train.max_tokens"]),
     "a stream of classes": ([CLASSES, STREAM], ["data.streaming", "classification"]),
+    "factors of a given weight": ([{"adapter": {"kind": "factorised"}}],
+                                  ["adapter.kind=factorised", "model.from_scratch"]),
+    "restarts into packed or split bases": (
+        [LORA, QUANT, {"optim": {"restart_every": 9}}],
+        ["optim.restart_every=9", "quant.format=nf4"]),
     "low rank twice": ([LORA, {"optim": {"method": "galore"}}],
                        ["optim.method", "adapter.kind=lora"]),
     "whole gradients, layer by layer": (

@@ -182,6 +182,8 @@ def build(
             warmup_ratio=optim.warmup_ratio,
         ),
         floor_ratio=optim.floor_ratio,
+        restart_every=optim.restart_every,
+        restart_warmup_steps=optim.restart_warmup_steps,
     )
     return optimizer, schedule
 

@@ -2,11 +2,12 @@
 
     warm-up    f(s) = s / W                                     for s < W
     after      f(s) = floor + (1 - floor) * shape(p),           p = (s - W) / (T - W), at most 1
+    restarts   every R updates times min(1, (s mod R) / V), once s >= R     (arXiv 2307.05695)
     shape      constant 1;  linear 1 - p;  cosine (1 + cos(pi p)) / 2     (arXiv 1608.03983)
 
 s is the number of updates made, so the first update of a warm-up has rate 0, as in transformers,
 whose linear and cosine schedules these equal for floor 0. After T the rate stays at the floor.
-Costs nothing. Not here: schedules in tokens, restarts, or rates that look at the loss.
+Costs nothing. Not here: schedules in tokens, or rates that look at the loss.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ def factor(
     return floor_ratio + (1.0 - floor_ratio) * SHAPES[name](progress)
 
 
+def restarted(step: int, *, restart_every: int | None, warmup_steps: int) -> float:
+    """Share that is left after the last restart: from 0 up to 1 in `warmup_steps` updates."""
+    if restart_every is None or step < restart_every or warmup_steps == 0:
+        return 1.0
+    return min(1.0, (step % restart_every) / warmup_steps)
+
+
 def num_warmup_steps(
     *, total_steps: int, warmup_steps: int | None, warmup_ratio: float | None
 ) -> int:
@@ -73,7 +81,11 @@ class Schedule:
         total_steps: int,
         warmup_steps: int = 0,
         floor_ratio: float = 0.0,
+        restart_every: int | None = None,
+        restart_warmup_steps: int = 0,
     ) -> None:
+        self.restart_every = restart_every
+        self.restart_warmup_steps = restart_warmup_steps
         self.optimizer = optimizer
         self.name = name
         self.total_steps = total_steps
@@ -91,12 +103,17 @@ class Schedule:
 
     def factor(self) -> float:
         """The present share of the peak."""
-        return factor(
+        share = factor(
             self.num_updates,
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
             floor_ratio=self.floor_ratio,
             name=self.name,
+        )
+        return share * restarted(
+            self.num_updates,
+            restart_every=self.restart_every,
+            warmup_steps=self.restart_warmup_steps,
         )
 
     def get_last_lr(self) -> list[float]:

@@ -140,7 +140,7 @@ class Single:
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name; tied ones once."""
         found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._views = {name: whole(parameter) for name, parameter in found.items()}
+        self._views = {name: whole(parameter) for name, parameter in model.named_parameters()}
         self._trained = found
         return found
 

@@ -20,7 +20,7 @@ MODEL_CONFIG = ConfigDict(
 )
 
 FormatName = Literal["none", "nf4", "fp4", "int8", "hqq", "ternary"]
-AdapterKind = Literal["none", "lora", "dora", "expand"]
+AdapterKind = Literal["none", "lora", "dora", "expand", "factorised"]
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "adafactor", "adafactor-momentum", "lion"]
 MethodName = Literal["none", "galore", "galore8bit", "q-galore", "fira", "apollo", "apollo-mini"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -90,7 +90,8 @@ class Adapter(Section):
     """What is trained beside the base. `none` trains the base itself."""
 
     kind: AdapterKind = "none"
-    """`lora`, `dora`, `expand` (LLaMA-Pro: new identity blocks), or `none` for full training."""
+    """`lora`, `dora`, `expand` (LLaMA-Pro: new identity blocks), `factorised` (W = B A alone, from
+    scratch), or `none` for full training."""
     rank: int = Field(default=16, ge=1)
     """Rank r of the update B A."""
     alpha: float = Field(default=32.0, gt=0)
@@ -189,6 +190,10 @@ class Optim(Section):
     """The schedule ends at this share of the peak."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Global clipping; null turns it off."""
+    restart_every: int | None = Field(default=None, ge=1)
+    """ReLoRA: every so many updates merge LoRA into the base and begin it anew."""
+    restart_warmup_steps: int = Field(default=50, ge=0)
+    """Updates over which the rate comes back after a restart."""
     state: Literal["fp32", "bf16", "8bit"] | None = None
     """How the rule's state is stored (default: as name or method says, else fp32)."""
     method: MethodName = "none"

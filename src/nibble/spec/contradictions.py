@@ -69,10 +69,15 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     ),
     Contradiction(
         name="random base, frozen",
-        holds=lambda r: r.model.from_scratch and r.adapter.kind != "none",
+        holds=lambda r: (
+            r.model.from_scratch
+            and r.adapter.kind not in ("none", "factorised")
+            and not r.adapter.modules_to_save
+        ),
         message=lambda r: (
             f"model.from_scratch with adapter.kind={r.adapter.kind}: a random base "
-            "must be trained itself; use adapter.kind=none"
+            "must be trained itself; use adapter.kind=none, or train embeddings, norms and head "
+            "beside the adapter with adapter.modules_to_save"
         ),
     ),
     Contradiction(
@@ -101,6 +106,27 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         message=lambda r: (
             "train.adapter_precision=bf16 with "
             f"train.precision={r.train.precision}: use fp32 or auto"
+        ),
+    ),
+    Contradiction(
+        name="factors of a given weight",
+        holds=lambda r: r.adapter.kind == "factorised" and not r.model.from_scratch,
+        message=lambda r: (
+            "adapter.kind=factorised without model.from_scratch: factors begin at random and "
+            "have no use for weights; use adapter.kind=lora"
+        ),
+    ),
+    Contradiction(
+        name="restarts into packed or split bases",
+        holds=lambda r: (
+            r.optim.restart_every is not None
+            and (quantised(r) or r.place.kind in ("fsdp", "stream", "deepspeed"))
+        ),
+        message=lambda r: (
+            f"optim.restart_every={r.optim.restart_every} with "
+            + (f"quant.format={r.quant.format}" if quantised(r) else f"place.kind={r.place.kind}")
+            + ": adapters are merged into ordinary weights; use quant.format=none and "
+            "place.kind single or ddp"
         ),
     ),
     Contradiction(

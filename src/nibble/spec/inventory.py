@@ -95,9 +95,12 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
     by_block, dense, learnt = (Counter[int | None]() for _ in range(3))
     trained: dict[str, TensorSpec] = {}
     names_trained: set[str] = set()
+    replaced = 0
     for parameter in model.parameters:
         dtype = _trained_dtype(recipe, parameter, saved, added)
-        if dtype is not None:
+        if adapter.kind == "factorised" and parameter.module in adapted and _is_matrix(parameter):
+            replaced += parameter.size
+        elif dtype is not None:
             trained[parameter.name] = TensorSpec(shape=parameter.shape, dtype=dtype)
             names_trained.add(parameter.kind)
         elif parameter.name in packed and spec is not None:
@@ -136,7 +139,7 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         passing_gradient_bytes=costs.passing + costs.sketches,
         optimizer_bytes=costs.state,
         num_trainable=sum(prod(tensor.shape) for tensor in trained.values()),
-        num_total=model.num_parameters + num_adapter,
+        num_total=model.num_parameters - replaced + num_adapter,
         num_packed=sum(p.size for p in model.parameters if p.name in packed),
         trained_blocks=added,
         adapted=frozenset(adapted),
@@ -194,7 +197,7 @@ def _packed(recipe: Recipe, architecture: Architecture, spec: FormatSpec | None)
 
 def _adapted(adapter: Adapter, architecture: Architecture, saved: list[str]) -> set[str]:
     """Module names that get a low-rank update."""
-    if adapter.kind not in ("lora", "dora"):
+    if adapter.kind not in ("lora", "dora", "factorised"):
         return set()
     rows = [p for p in architecture.parameters if p.kind in ("linear", "head", "classifier")]
     rows = [p for p in rows if not p.name.endswith("bias")]
@@ -236,7 +239,7 @@ def _trained_dtype(
     recipe: Recipe, parameter: Parameter, saved: list[str], added: frozenset[int]
 ) -> str | None:
     """Type in which a parameter of the model is trained; None when it is frozen."""
-    if recipe.adapter.kind == "none":
+    if recipe.adapter.kind in ("none", "factorised"):
         return "float32" if recipe.train.precision != "bf16" else "bfloat16"
     if parameter.block in added:
         return COMPUTE_DTYPE[recipe.train.precision]
@@ -246,5 +249,11 @@ def _trained_dtype(
     return None
 
 
+def _is_matrix(parameter: Parameter) -> bool:
+    return parameter.kind != "bias" and not parameter.name.endswith("bias")
+
+
 def _adapter_dtype(recipe: Recipe) -> str:
+    if recipe.adapter.kind == "factorised":
+        return "float32" if recipe.train.precision != "bf16" else "bfloat16"
     return "bfloat16" if recipe.train.adapter_precision == "bf16" else "float32"

@@ -92,7 +92,7 @@ REFUSED: dict[str, str] = {
     "loftq_config": "LoftQ is not supported yet: remove it",
     "pissa_*": "PiSSA is not supported yet: remove it",
     "peft_init_lora_weights": "B starts at zero, A at random: remove it",
-    "relora*": "ReLoRA is not supported yet: remove it",
+    "relora*": "give optim.restart_every and optim.restart_warmup_steps",
     "merge_lora": "use `nibble export RUN --to merged` afterwards: remove it",
     "gptq*": "GPTQ bases are not supported yet: nf4, fp4, int8, hqq or ternary",
     "load_in_fp8": "fp8 is not supported yet: nf4, fp4, int8, hqq or ternary",

@@ -27,6 +27,8 @@ from nibble.nn.adapters import (
     summarise,
 )
 from nibble.nn.expand import Expansion, expand_
+from nibble.nn.factorised import factorise_, factorised
+from nibble.nn.merging import merged_weights
 from nibble.nn.fused import FusedSummary, fuse_
 from nibble.nn.quant import PackedWeight, quantize_
 from nibble.place.activations import Activations
@@ -80,8 +82,9 @@ class Assembly:
         if self.weights is None:
             if not any(map(wanted, self.built.skeleton.state_dict())):
                 return
+            replaced = {f"{name}.weight" for name in factorised(self.model)}
             for name, tensor in self.built.random_weights(seed=self.recipe.train.seed):
-                if wanted(name):
+                if wanted(name) and name not in replaced:
                     yield name, tensor
             return
         for name, value in self.weights.only(wanted, rows=rows):
@@ -98,7 +101,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 def storage_dtype(recipe: Recipe) -> torch.dtype:
     """The type of the base's 16-bit weights; fp32 where fp16 would lose the updates of what is
     trained."""
-    trains_base = recipe.adapter.kind in ("none", "expand")
+    trains_base = recipe.adapter.kind in ("none", "expand", "factorised")
     if recipe.train.precision == "fp16" and trains_base:
         return torch.float32
     return compute_dtype(recipe)
@@ -156,10 +159,14 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
         )
     keep = (*recipe.quant.keep, *(expansion.names if expansion else ()))
     quantize_(model, spec, keep=keep, kernels=recipe.quant.kernels)
+    adapter = recipe.adapter
+    if adapter.kind == "factorised":
+        factorise_(model, adapter.targets, rank=adapter.rank)
+        adapter = adapter.model_copy(update={"kind": "none"})  # all that is left is trained
     if to_train or recipe.adapter.kind != "none":
         summary = adapt_(
             model,
-            recipe.adapter,
+            adapter,
             dtype=adapter_dtype(recipe),
             generator=torch.Generator().manual_seed(recipe.train.seed),
             expansion=expansion,
@@ -174,6 +181,8 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     trained = frozenset(
         name for name, p in model.named_parameters() if p.requires_grad or is_trained_whole
     )
+    if recipe.optim.restart_every is not None:
+        trained |= frozenset(merged_weights(model))
     return Assembly(
         recipe=recipe,
         built=built,
@@ -239,5 +248,10 @@ def fill(
     for part in place.parts(model):
         finish_loading_(part)
     fresh = [p for a in adapters(model).values() for p in a.parameters(recurse=False)]
+    for name, linear in factorised(model).items():
+        linear.reset_parameters_(
+            name, generator=torch.Generator().manual_seed(assembly.recipe.train.seed)
+        )
+        fresh += [linear.low_a, linear.low_b]
     place.check_loaded(model, initialised=fresh)
     return model

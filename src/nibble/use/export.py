@@ -54,6 +54,11 @@ def check_kind(kind: str, recipe: Recipe) -> None:
     if kind not in KINDS:
         raise ConfigError(f"--to {kind} is none of {', '.join(KINDS)}")
     has_adapter = recipe.adapter.kind in ("lora", "dora")
+    if recipe.adapter.kind == "factorised":
+        raise ConfigError(
+            "a model of factors (adapter.kind=factorised) has no form that other libraries load: "
+            "use nibble chat and nibble eval on the run"
+        )
     if kind in ("adapter", "merged") and not has_adapter:
         raise ConfigError(
             f"--to {kind} needs a LoRA or DoRA adapter, and this run trained "
