@@ -33,7 +33,7 @@ from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained, peak_memory
 from nibble.spec.config import Recipe
 from nibble.spec.plan import Plan
-from nibble.train.checkpoint import Checkpoints
+from nibble.train.checkpoint import TRAINED, Checkpoints
 from nibble.train.folder import RunFolder, gather_versions
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
 from nibble.train.planned import advice, decided, plan_run, to_text
@@ -45,6 +45,7 @@ from nibble.train.state import LossScaler, TrainState, seed_everything
 from nibble.use.assemble import Assembly, assemble, fill, storage_dtype
 from nibble.use.objective import Objective, held_out_loss, objective
 from nibble.weights.adapter_files import load_adapter, save_adapter
+from nibble.weights.tensor_file import TensorFile
 
 DATA, PLAN = "data.json", "plan.json"
 
@@ -379,4 +380,5 @@ def _write_model(assembly: Assembly, model: nn.Module) -> Callable[[Path], None]
         base_name=recipe.model.path,
         adapter=recipe.adapter,
         task=recipe.model.task,
+        values=TensorFile(folder / TRAINED),
     )

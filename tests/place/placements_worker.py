@@ -97,8 +97,6 @@ def train(
         place.model_of_test = state.model
         record_gradients(place, kept)
         checkpoints = Checkpoints(folder, keep=9)
-        if group.rank:  # the first one alone writes
-            checkpoints.save = lambda state: folder
         if folder.is_dir():
             checkpoints.resume(state)
         loss = objective(assembly.built.family, task="causal-lm", chunk=64)

@@ -48,8 +48,13 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
         assert tensors[name].dtype == value.dtype and torch.equal(tensors[name], value)
     text = json.loads((folder / "trainer.json").read_text())
     assert text["step"] == 7 and text["versions"] == {"nibble": "x"}
-    assert set(text["files"]) == {"trained.safetensors", "optimizer.pt", "rng.pt"}
-    torch.load(folder / "optimizer.pt", weights_only=True)
+    assert set(text["files"]) == {
+        "trained.safetensors",
+        "optimizer.safetensors",
+        "optimizer.json",
+        "rng.pt",
+    }
+    load_file(folder / "optimizer.safetensors")
     torch.load(folder / "rng.pt", weights_only=True)
 
 
@@ -131,7 +136,9 @@ def test_the_same_step_is_written_once(tmp_path: Path) -> None:
     assert keeper.save(state) == folder and tree(folder) == before
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "rng.pt"])
+@pytest.mark.parametrize(
+    "name", ["trained.safetensors", "optimizer.safetensors", "optimizer.json", "rng.pt"]
+)
 @pytest.mark.parametrize("how", ["short", "gone"])
 def test_a_damaged_checkpoint_is_named(name: str, how: str, tmp_path: Path) -> None:
     state = make_state()
@@ -146,9 +153,9 @@ def test_a_damaged_checkpoint_is_named(name: str, how: str, tmp_path: Path) -> N
 
 def test_a_scrambled_file_of_the_right_size_is_named(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path, keep=2).save(make_state())
-    path = folder / "optimizer.pt"
+    path = folder / "optimizer.safetensors"
     path.write_bytes(bytes(len(path.read_bytes())))
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
         load(folder, make_state())
     (folder / "trainer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"trainer\.json is damaged"):

@@ -25,7 +25,7 @@ name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,11 @@ from nibble.spec.names import covers, meets
 
 ALL_LINEAR = "all-linear"
 MIN_NORM = 1e-12
+Put = Callable[[nn.Parameter, Tensor], None]
+
+
+def _copy_(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +192,9 @@ class LoraLinear(nn.Module):
         return merged.to(dtype)
 
     @torch.no_grad()
-    def reset_parameters_(self, name: str, *, generator: torch.Generator) -> None:
+    def reset_parameters_(
+        self, name: str, *, generator: torch.Generator, put: Put = _copy_
+    ) -> None:
         """A uniform in +-1/sqrt(in), B zero, from the generator's seed and the module's `name`
         alone.
 
@@ -199,7 +206,7 @@ class LoraLinear(nn.Module):
         own = torch.Generator().manual_seed(seed)
         bound = self.in_features**-0.5
         values = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=own)
-        self.lora_A.copy_(values)
+        put(self.lora_A, values)
         self.lora_B.zero_()
 
     @torch.no_grad()
@@ -237,11 +244,11 @@ def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, leaf
 
 
-def reset_parameters_(model: nn.Module, *, generator: torch.Generator) -> None:
+def reset_parameters_(model: nn.Module, *, generator: torch.Generator, put: Put = _copy_) -> None:
     """Give every adapter its initial A and B; they depend on the generator's seed and the name
-    only."""
+    only. `put` copies a whole value into a parameter that may live elsewhere in part."""
     for name, adapter in adapters(model).items():
-        adapter.reset_parameters_(name, generator=generator)
+        adapter.reset_parameters_(name, generator=generator, put=put)
 
 
 def finish_loading_(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from nibble.errors import PlacementError
 from nibble.place.base import Placement
 from nibble.place.group import Group
-from nibble.spec.config import Place, Recipe
+from nibble.spec.config import Optim, Place, Recipe
 
 __all__ = ["PLACEMENTS", "Group", "Placement", "placement", "resolved"]
 
@@ -31,10 +31,11 @@ def resolved(recipe: Recipe, group: Group) -> Recipe:
     return recipe.model_copy(update={"place": place})
 
 
-def placement(place: Place, group: Group) -> Placement:
+def placement(place: Place, group: Group, *, optim: Optim | None = None) -> Placement:
     """The placement that the recipe names, for this process.
 
-    Raises PlacementError for one that cannot be had with so many processes.
+    `optim`: what will step the trained parameters, where that decides how they are cut. Raises
+    PlacementError for one that cannot be had with so many processes.
     """
     kind = _kind(place, group)
     if kind in ONE_PROCESS and group.world > 1:
@@ -44,11 +45,16 @@ def placement(place: Place, group: Group) -> Placement:
         )
     module, name = PLACEMENTS[kind]
     make: Callable[[Place, Group], Placement] = getattr(import_module(module), name)
-    return make(place, group)
+    made = make(place, group)
+    if optim is not None:
+        made.expect(optim)
+    return made
 
 
 def _kind(place: Place, group: Group) -> str:
-    """What `auto` means: a copy on each device."""
+    """What `auto` means: a copy on each device; and what one process means."""
+    if place.kind == "fsdp" and group.world == 1:
+        return "single"  # nothing to share out
     if place.kind != "auto":
         return place.kind
     return "single" if group.world == 1 else "ddp"

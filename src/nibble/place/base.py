@@ -25,6 +25,8 @@ from nibble.models import Built
 from nibble.nn.quant import PackedWeight
 from nibble.optim.shards import ShardView
 from nibble.place.activations import Activations
+from nibble.place.group import Group
+from nibble.spec.config import Optim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,18 @@ class Memory:
 
 class Placement(Protocol):
     """Where a run's tensors live."""
+
+    group: Group
+    """The processes of the run."""
+
+    @property
+    def num_parts(self) -> int:
+        """How many processes, the first ones and so on, share one copy of what is trained."""
+        ...
+
+    def expect(self, optim: Optim) -> None:
+        """Learn, before `arrange`, what will step the trained parameters."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +87,16 @@ class Placement(Protocol):
     def parts(self, model: nn.Module) -> Iterator[nn.Module]:
         """The model in parts, each with its weights on the device while one is at it; all
         processes together, when every tensor has been loaded.
+        """
+        ...
+
+    def put_(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Copy into a parameter of the model what lives here of a whole value."""
+        ...
+
+    def whole(self, own: Tensor, dim: int | None, sizes: Sequence[int]) -> Tensor | None:
+        """All of a tensor of which `own` lives here, cut along `dim` (None: not cut) into parts
+        that are `sizes` long; in host memory on rank 0, None elsewhere. All processes must ask.
         """
         ...
 

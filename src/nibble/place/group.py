@@ -105,19 +105,19 @@ class Group:
         """Replace each tensor by its sum over all processes; one message for each type."""
         if self.world > 1 and tensors:
             with self.during(what):
-                _coalesced(tensors, dist.all_reduce)
+                coalesced(tensors, dist.all_reduce)
 
     def max_(self, tensors: Sequence[Tensor], what: str = "a maximum") -> None:
         """Replace each tensor by its element-wise maximum over all processes."""
         if self.world > 1 and tensors:
             with self.during(what):
-                _coalesced(tensors, _all_reduce_max)
+                coalesced(tensors, _all_reduce_max)
 
     def broadcast_(self, tensors: Sequence[Tensor], what: str = "a broadcast") -> None:
         """Replace each tensor by that of rank 0; one message for each type."""
         if self.world > 1 and tensors:
             with self.during(what):
-                _coalesced(tensors, _broadcast_first)
+                coalesced(tensors, _broadcast_first)
 
     def begin_sum_(self, tensor: Tensor, what: str = "a sum") -> Callable[[], None]:
         """Start to replace a contiguous tensor by its sum; call what is returned to wait for it.
@@ -298,7 +298,7 @@ MESSAGE_BYTES = 64 << 20
 
 
 @torch.no_grad()
-def _coalesced(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
+def coalesced(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
     """Communicate tensors in as few messages as types and sizes allow; large ones uncopied."""
     kinds: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
     for tensor in tensors:

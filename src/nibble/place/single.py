@@ -31,7 +31,7 @@ from nibble.place.base import Memory, host_peak_bytes
 from nibble.place.devices import cap_vram, pick_device
 from nibble.place.group import Group
 from nibble.place.reduce import Reducer, agree_
-from nibble.spec.config import Place
+from nibble.spec.config import Optim, Place
 from nibble.spec.units import parse_bytes
 
 
@@ -55,6 +55,14 @@ class Single:
             torch.cuda.set_device(self.device)
         if place.vram is not None:
             cap_vram(self.device, parse_bytes(place.vram))
+
+    @property
+    def num_parts(self) -> int:
+        """One: every process has all of it."""
+        return 1
+
+    def expect(self, optim: Optim) -> None:
+        """Whatever it is, parameters are whole."""
 
     def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
         """Empty storage on the device for every parameter and buffer; blocks wrapped as asked."""
@@ -125,6 +133,16 @@ class Single:
     def parts(self, model: nn.Module) -> Iterator[nn.Module]:
         """The whole model, which is here."""
         yield model
+
+    @torch.no_grad()
+    def put_(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Copy a value into a parameter, which is whole."""
+        parameter.copy_(whole)
+
+    def whole(self, own: Tensor, dim: int | None, sizes: Sequence[int]) -> Tensor | None:
+        """The tensor itself, in host memory; None on all but the first process."""
+        del dim, sizes
+        return own.detach().cpu() if self.rank == 0 else None
 
     def check_loaded(self, model: nn.Module, *, initialised: Iterable[Tensor] = ()) -> None:
         """Raise WeightError naming what was neither loaded nor `initialised` on purpose."""

@@ -1,11 +1,19 @@
 """Checkpoints: a run's state in a folder that is either whole or not there.
 
     RUN/checkpoint-N/trained.safetensors    every trained tensor, exact, under the module's names
-                     optimizer.pt           the optimiser's state (read with weights_only=True)
-                     rng.pt                 generators of random numbers trainer.json
-                     step, data position, loss scale, versions, sizes of all files
+                     optimizer.safetensors  the optimiser's state, and its numbers in
+                     optimizer.json         (optimizer_state.py)
+                     rng.pt                 generators of random numbers of each process
+                                            (read with weights_only=True)
+                     trainer.json           step, data position, loss scale, versions, sizes of all
+                                            files
                      adapter_model.safetensors, adapter_config.json    when an adapter is trained:
                      peft's files
+
+Tensors are whole, so a run goes on with any number of processes and any placement. They are
+gathered one at a time; the first process writes, and each one reads its own slice. With as many
+processes as before, each gets its generators back; otherwise they are seeded anew, from those of
+the first one.
 
 A checkpoint is written under another name, flushed to the disk and renamed, so a crash or a full
 disk leaves the ones before as they were and nothing that looks like a new one. Old ones go only
@@ -15,25 +23,30 @@ for each one kept. No pickle is ever executed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nibble.errors import CheckpointError
-from nibble.train.state import Numbers, TrainState, rng_state, set_rng_state
+from nibble.place.base import Placement
+from nibble.train.optimizer_state import read_optimizer, write_optimizer
+from nibble.train.state import Numbers, TrainState, rng_state, seed_everything, set_rng_state
+from nibble.train.whole import Piece, WholeFile, rows_of, write_whole
 
-TRAINED, OPTIMIZER, RNG, TRAINER = "trained.safetensors", "optimizer.pt", "rng.pt", "trainer.json"
+TRAINED, RNG, TRAINER = "trained.safetensors", "rng.pt", "trainer.json"
 PREFIX = "checkpoint-"
-FORMAT = 1
+FORMAT = 2
+OLD_FORMAT, OLD_OPTIMIZER = 1, "optimizer.pt"
+"""Of one process: its state in torch's order of parameters."""
 
 WriteModel = Callable[[Path], None]
 
@@ -59,38 +72,70 @@ class Checkpoints:
     def save(self, state: TrainState) -> Path:
         """Write the state as `checkpoint-STEP` and remove the oldest beyond `keep`.
 
-        Raises CheckpointError when it cannot be written (a full disk); what was there before is
-        then untouched. The caller has made sure that the state is finite.
+        All processes must come; the first one writes. Raises CheckpointError, on all of them, when
+        it cannot be written (a full disk); what was there before is then untouched. The caller has
+        made sure that the state is finite.
         """
         final = self.run / f"{PREFIX}{state.step}"
-        if final.exists():
+        if _shared(state.place, final.exists()):
             return final
-        part = self.run / f".{final.name}.part"
-        _remove(part)
+        refusal, cause = None, None
         try:
-            part.mkdir(parents=True)
-            self._write(part, state)
-            _flush(part)
-            part.rename(final)
-            _sync(self.run)
+            self._write_and_name(final, state)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not _is_about_writing(error):
                 raise
-            raise CheckpointError(
-                f"{final} could not be written ({_reason(error)}); {self._kept()}: "
-                "free some space and go on with --resume"
-            ) from error
-        finally:
-            _remove(part)
-        self.prune()
+            refusal, cause = (
+                (
+                    f"{final} could not be written ({_reason(error)}); {self._kept()}: "
+                    "free some space and go on with --resume"
+                ),
+                error,
+            )
+        refusal = _shared(state.place, refusal)
+        if refusal is not None:
+            raise CheckpointError(refusal) from cause
+        if _writes(state.place):
+            self.prune()
         return final
 
+    def _write_and_name(self, final: Path, state: TrainState) -> None:
+        """Write under another name, and give it the name when all of it is on the disk."""
+        part = self.run / f".{final.name}.part"
+        if not _writes(state.place):
+            self._write(part, state)
+            return
+        _remove(part)
+        failure: OSError | None = None
+        try:
+            try:
+                part.mkdir(parents=True)
+            except OSError as error:
+                failure = error  # the others are waiting to send: let them
+            self._write(part, state)
+            if failure is not None:
+                raise failure
+            _flush(part)
+            part.rename(final)
+            _sync(self.run)
+        finally:
+            _remove(part)
+
     def _write(self, folder: Path, state: TrainState) -> None:
-        tensors = {name: p.detach().contiguous() for name, p in state.trained().items()}
-        save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
-        for name, content in ((OPTIMIZER, state.optimizer.state_dict()), (RNG, rng_state())):
-            with (folder / name).open("wb") as file:
-                torch.save(content, file)
+        place = state.place
+        failure: Exception | None = None
+        for write in (_write_trained, write_optimizer):
+            try:
+                write(folder, state)
+            except OSError as error:
+                failure = failure or error
+        generators = _generators(place)
+        if failure is not None:
+            raise failure
+        if not _writes(place):
+            return
+        with (folder / RNG).open("wb") as file:
+            torch.save({"ranks": generators}, file)
         if self.write_model is not None:
             self.write_model(folder)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -118,7 +163,7 @@ class Checkpoints:
 
         Raises CheckpointError for one that is damaged or does not fit the model.
         """
-        folder = self.latest()
+        folder: Path | None = _shared(state.place, self.latest())
         if folder is not None:
             load(folder, state)
         return folder
@@ -152,9 +197,10 @@ def read_numbers(folder: Path) -> Numbers:
         raise CheckpointError(
             f"{folder / TRAINER} is damaged ({error}): use an older checkpoint"
         ) from None
-    if version != FORMAT:
+    if version not in (OLD_FORMAT, FORMAT):
         raise CheckpointError(
-            f"{folder} has format {version}, this nibble reads {FORMAT}: use the one that wrote it"
+            f"{folder} has format {version}, this nibble reads {OLD_FORMAT} and {FORMAT}: "
+            "use the one that wrote it"
         )
     for name, size in sizes.items():
         path = folder / name
@@ -170,39 +216,97 @@ def read_numbers(folder: Path) -> Numbers:
 def load(folder: Path, state: TrainState) -> None:
     """Put a checkpoint into a state that was built from the same recipe."""
     numbers = read_numbers(folder)
-    load_trained(folder, state.trained())
-    state.optimizer.load_state_dict(_read(folder / OPTIMIZER))
+    load_trained(folder, state.trained(), state.place)
+    if (folder / OLD_OPTIMIZER).is_file():
+        _load_old(folder, state)
+    else:
+        read_optimizer(folder, state)
     numbers.put(state)
-    set_rng_state(_read(folder / RNG))
+    _set_generators(_read(folder / RNG), state.place)
 
 
-def load_trained(folder: Path, parameters: dict[str, Any]) -> None:
-    """Copy the trained tensors of a checkpoint into parameters of the same names, shapes and types.
+def _load_old(folder: Path, state: TrainState) -> None:
+    """The optimiser of a checkpoint of format 1."""
+    place = state.place
+    if place is not None and place.num_parts > 1:
+        raise CheckpointError(
+            f"{folder} has the old format, which goes on unsharded only: use place.kind=ddp once"
+        )
+    state.optimizer.load_state_dict(_read(folder / OLD_OPTIMIZER))
+
+
+def load_trained(
+    folder: Path, parameters: Mapping[str, Any], place: Placement | None = None
+) -> None:
+    """Copy the trained tensors of a checkpoint, or the parts that live here, into parameters of the
+    same names, shapes and types.
 
     Raises CheckpointError, with nothing copied, when they are not the same.
     """
     path = folder / TRAINED
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            stored = set(file.keys())
-            different = sorted(stored ^ set(parameters))
-            if different:
-                where = "the checkpoint" if different[0] in stored else "the model"
-                raise CheckpointError(
-                    f"{path} does not fit: {different[0]} is only in {where} "
-                    f"(and {len(different) - 1} more); resume with the recipe that wrote it"
-                )
-            for name, parameter in parameters.items():
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(parameter.shape):
-                    raise CheckpointError(
-                        f"{path}: {name} is {list(shape)}, the model has {list(parameter.shape)}; "
-                        "resume with the recipe that wrote it"
-                    )
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): use an older checkpoint") from None
+    file = WholeFile(path)
+    different = sorted(file.names ^ set(parameters))
+    if different:
+        where = "the checkpoint" if different[0] in file.names else "the model"
+        raise CheckpointError(
+            f"{path} does not fit: {different[0]} is only in {where} "
+            f"(and {len(different) - 1} more); resume with the recipe that wrote it"
+        )
+    views = {name: None if place is None else place.view(name) for name in parameters}
+    for name, parameter in parameters.items():
+        view = views[name]
+        wanted = tuple(parameter.shape) if view is None else view.shape
+        if file.shape(name) != wanted:
+            raise CheckpointError(
+                f"{path}: {name} is {list(file.shape(name))}, the model has {list(wanted)}; "
+                "resume with the recipe that wrote it"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            view = views[name]
+            dim = None if view is None else view.dim
+            rows = None
+            if view is not None and dim is not None:
+                rows = rows_of(view, parameter.shape[dim])
+            parameter.copy_(file.read(name, dim, rows))
+
+
+def _write_trained(folder: Path, state: TrainState) -> None:
+    place = state.place
+    pieces = {
+        name: Piece(tensor=p.detach(), dim=None if place is None else place.view(name).dim)
+        for name, p in state.trained().items()
+    }
+    write_whole(folder / TRAINED, pieces, place)
+
+
+def _generators(place: Placement | None) -> list[dict[str, Any]]:
+    """The generators of each process."""
+    if place is None or place.world == 1:
+        return [rng_state()]
+    mine = rng_state(place.device)
+    return list(place.group.gather(mine, "the generators of random numbers"))
+
+
+def _set_generators(saved: Mapping[str, Any], place: Placement | None) -> None:
+    """Go on with the own generators; with another number of processes with new ones."""
+    states = saved.get("ranks", [saved])
+    rank, world = (0, 1) if place is None else (place.rank, place.world)
+    if len(states) == world:
+        set_rng_state(states[rank], None if place is None or world == 1 else place.device)
+        return
+    known = bytes(states[0]["torch"].tolist())
+    key = known + f" {rank} of {world}".encode()
+    seed_everything(int.from_bytes(hashlib.sha256(key).digest()[:7], "little"))
+
+
+def _writes(place: Placement | None) -> bool:
+    return place is None or place.rank == 0
+
+
+def _shared(place: Placement | None, value: Any) -> Any:
+    """What the first process says."""
+    return value if place is None else place.group.share(value, "the checkpoint")
 
 
 def _read(path: Path) -> Any:

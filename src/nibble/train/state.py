@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nibble.data import Batch
 from nibble.optim import Schedule
+from nibble.place.base import Placement
 
 
 class Steps(Protocol):
@@ -79,7 +80,11 @@ class LossScaler:
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run. `num_tokens` counts tokens that were not padding."""
+    """Everything that changes during a run. `num_tokens` counts tokens that were not padding.
+
+    `parameters` are what a placement gives the optimiser to step (default: the model's own), and
+    `place` knows how they are cut (None: this process has all of them).
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -88,9 +93,13 @@ class TrainState:
     scaler: LossScaler = field(default_factory=lambda: LossScaler(enabled=False))
     step: int = 0
     num_tokens: int = 0
+    parameters: Mapping[str, nn.Parameter] | None = None
+    place: Placement | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name; tied ones once."""
+        """The parameters that learn, or their parts that live here, by name; tied ones once."""
+        if self.parameters is not None:
+            return dict(self.parameters)
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
 
@@ -137,8 +146,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """All generators as tensors and numbers: torch's on CPU and each GPU, Python's and numpy's."""
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """All generators as tensors and numbers: torch's on CPU and each GPU (or `device` alone),
+    Python's and numpy's.
+    """
     import numpy
 
     version, words, gauss = random.getstate()
@@ -147,7 +158,7 @@ def rng_state() -> dict[str, Any]:
     assert (version, kind) == (3, "MT19937")
     return {
         "torch": torch.get_rng_state(),
-        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+        "cuda": _cuda_states(device),
         "python": {"words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
         "numpy": {
             "keys": torch.from_numpy(keys.astype("int64")),
@@ -158,13 +169,26 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every generator where `rng_state` found it; GPUs that are gone are left out."""
+def _cuda_states(device: torch.device | None) -> list[Tensor]:
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return []
+    if device is not None:
+        return [torch.cuda.get_rng_state(device)]
+    return list(torch.cuda.get_rng_state_all())
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Put every generator where `rng_state` found it, with the same `device`; GPUs that are gone
+    are left out.
+    """
     import numpy
 
     torch.set_rng_state(state["torch"])
     gpus: list[Tensor] = state["cuda"]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device is not None:
+        for saved in gpus[:1]:
+            torch.cuda.set_rng_state(saved, device)
+    elif torch.cuda.is_available():
         for index, saved in enumerate(gpus[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(saved, index)
     python, other = state["python"], state["numpy"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,27 @@ NARROWING_FIELDS = ("exclude_modules", "layers_to_transform")
 """With these the targets do not say where the adapter is; the names of its tensors do."""
 
 
+Put = Callable[[nn.Parameter, Tensor], None]
+
+
+def _copy_(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
 def save_adapter(
-    model: nn.Module, folder: Path, *, base_name: str | None, adapter: Adapter, task: Task
+    model: nn.Module,
+    folder: Path,
+    *,
+    base_name: str | None,
+    adapter: Adapter,
+    task: Task,
+    values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapters and fully trained modules of `model` to `folder` as peft would.
 
-    `base_name` is the model that peft should load (a folder or hub id). Raises ConfigError for
-    kinds that are no peft adapter, CheckpointError when the folder cannot be written; nothing
+    `values` are the trained tensors by the model's names, where the model does not have all of
+    them. `base_name` is the model that peft should load (a folder or hub id). Raises ConfigError
+    for kinds that are no peft adapter, CheckpointError when the folder cannot be written; nothing
     half-written is left behind.
     """
     if adapter.kind not in ("lora", "dora"):
@@ -86,7 +100,11 @@ def save_adapter(
             f"adapter.kind={adapter.kind} trains weights of the model itself, which an adapter "
             "file cannot hold; export the merged model instead"
         )
-    tensors = {name: _on_host(tensor) for name, tensor in _named_tensors(model)}
+    first = {id(p): name for name, p in model.named_parameters()}  # tied ones have one value
+    tensors = {
+        name: _on_host(parameter if values is None else values[first[id(parameter)]])
+        for name, parameter in _named_tensors(model)
+    }
     config = _peft_config(model, base_name=base_name, adapter=adapter, task=task)
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
@@ -102,12 +120,13 @@ def save_adapter(
         ) from error
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: nn.Module, folder: Path, *, put: Put = _copy_) -> None:
     """Copy the tensors of a peft folder into a model that `adapt_` prepared for them.
 
-    The types of the model's parameters stay. Raises WeightError when a tensor is missing, left over
-    or of another shape, or when the folder's scaling or kind differs from the model's; the model is
-    then unchanged.
+    `put` copies a whole value into a parameter that may live elsewhere in part. The types of the
+    model's parameters stay. Raises WeightError when a tensor is missing, left over or of another
+    shape, or when the folder's scaling or kind differs from the model's; the model is then
+    unchanged.
     """
     _check_scaling(model, read_adapter_config(folder), folder)
     wanted = dict(_named_tensors(model))
@@ -130,7 +149,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 )
         with torch.no_grad():
             for key, parameter in wanted.items():
-                parameter.copy_(file.get_tensor(stored[key]))
+                put(parameter, file.get_tensor(stored[key]))
 
 
 def read_adapter_config(folder: Path) -> Adapter:

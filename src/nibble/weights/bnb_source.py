@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nibble.errors import WeightError
 from nibble.nn.quant import PackedWeight
 from nibble.spec.formats import DEFAULT_INT8_THRESHOLD, FormatSpec
-from nibble.weights.source import Entry, Source
+from nibble.weights.source import Entry, Source, cut
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
@@ -71,14 +71,14 @@ class BnbSource:
         """All tensors by name, quantised ones with the shape of the dense weight."""
         return self._entries
 
-    def read(self, name: str) -> Tensor | PackedWeight:
+    def read(self, name: str, rows: slice | None = None) -> Tensor | PackedWeight:
         """A packed weight where the layout allows it, else a dense tensor (fp32 when
         dequantised)."""
         if name in self._four:
-            return self._read_four(name, self._four[name])
+            return cut(self._read_four(name, self._four[name]), rows)
         if name in self._eight:
-            return self._read_eight(name)
-        return self._source.read(name)
+            return cut(self._read_eight(name), rows)
+        return self._source.read(name, rows)
 
     def bind(self, model: nn.Module) -> Source:
         """Itself: names are a checkpoint's."""

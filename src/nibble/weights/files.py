@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -71,6 +71,27 @@ def write_safetensors_atomic(
         file.write(header)
         for name in offsets:
             _write_tensor(file, tensors[name])
+
+
+def write_in_turn(
+    path: Path, shapes: Mapping[str, Shape], *, metadata: Mapping[str, str] | None = None
+) -> Callable[[str, Tensor], None]:
+    """Begin a safetensors file; call what is returned for each tensor, in any order.
+
+    The file is whole when every name of `shapes` has come. Raises OSError when the disk is full.
+    """
+    header, offsets = _header(shapes, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+
+    def write(name: str, tensor: Tensor) -> None:
+        stated = shapes[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (stated.shape, stated.dtype), name
+        with path.open("r+b") as file:
+            file.seek(len(header) + offsets[name])
+            _write_tensor(file, tensor)
+
+    return write
 
 
 def write_sharded(

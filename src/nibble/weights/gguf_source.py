@@ -23,7 +23,7 @@ from nibble.errors import ConfigError, WeightError
 from nibble.nn.quant import PackedWeight
 from nibble.spec.formats import FormatSpec
 from nibble.spec.gguf import read_gguf_header
-from nibble.weights.source import Entry, Source
+from nibble.weights.source import Entry, Source, cut
 
 CHUNK_BYTES = 16 * 2**20
 MAX_PREFIX_WORDS = 2
@@ -89,9 +89,9 @@ class GgufSource:
         """All tensors by llama.cpp's names."""
         return {n: Entry(shape=b.shape, dtype=torch.float32) for n, b in self._blocks.items()}
 
-    def read(self, name: str) -> Tensor | PackedWeight:
+    def read(self, name: str, rows: slice | None = None) -> Tensor | PackedWeight:
         """Dequantise one tensor to fp32, as it stands in the file."""
-        return read_block(self._path, self._blocks[name])
+        return cut(read_block(self._path, self._blocks[name]), rows)
 
     def bind(self, model: nn.Module) -> Source:
         """This file under the parameter names of `model`, with llama.cpp's changes undone."""
@@ -147,10 +147,10 @@ class BoundGguf:
         """All tensors by the model's names."""
         return {name: Entry(shape=self._shape(name), dtype=torch.float32) for name in self._pieces}
 
-    def read(self, name: str) -> Tensor | PackedWeight:
+    def read(self, name: str, rows: slice | None = None) -> Tensor | PackedWeight:
         """Dequantise one parameter to fp32."""
         parts = [self._original(block, name) for block in self._pieces[name]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return cut(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), rows)
 
     def bind(self, model: nn.Module) -> Source:
         """Itself."""

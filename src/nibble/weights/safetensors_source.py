@@ -55,6 +55,18 @@ class Extent:
     num_bytes: int
     entry: Entry
 
+    def of_rows(self, rows: slice) -> Extent:
+        """Where these rows lie."""
+        count, *rest = self.entry.shape
+        start, stop, _ = rows.indices(count)
+        row_bytes = self.num_bytes // max(1, count)
+        return Extent(
+            file=self.file,
+            offset=self.offset + start * row_bytes,
+            num_bytes=(stop - start) * row_bytes,
+            entry=Entry(shape=(stop - start, *rest), dtype=self.entry.dtype),
+        )
+
 
 class SafetensorsSource:
     """Sharded or single safetensors, as transformers and others write them."""
@@ -82,9 +94,10 @@ class SafetensorsSource:
         """All tensors by name."""
         return {name: extent.entry for name, extent in self._extents.items()}
 
-    def read(self, name: str) -> Tensor | PackedWeight:
-        """Read one tensor into host memory that it owns."""
-        return read_tensor(self._extents[name])
+    def read(self, name: str, rows: slice | None = None) -> Tensor | PackedWeight:
+        """Read one tensor, or some of its rows alone, into host memory that it owns."""
+        extent = self._extents[name]
+        return read_tensor(extent if rows is None else extent.of_rows(rows))
 
     def bind(self, model: nn.Module) -> Source:
         """Itself: names are a checkpoint's."""

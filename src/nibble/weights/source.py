@@ -29,6 +29,16 @@ class Entry:
     packed: bool = False
 
 
+def cut(value: Tensor | PackedWeight, rows: slice | None) -> Tensor | PackedWeight:
+    """Rows of what was read whole, in memory of their own."""
+    if rows is None:
+        return value
+    if isinstance(value, Tensor):
+        return value[rows].clone()
+    tensors = {name: tensor[rows].clone() for name, tensor in value.tensors.items()}
+    return PackedWeight(spec=value.spec, tensors=tensors)
+
+
 class Source(Protocol):
     """A checkpoint that is open for reading.
 
@@ -43,8 +53,10 @@ class Source(Protocol):
         """All tensors by name."""
         ...
 
-    def read(self, name: str) -> Tensor | PackedWeight:
-        """Read one tensor into host memory; WeightError when the file ends early."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor | PackedWeight:
+        """Read one tensor, or only these rows of it, into host memory; WeightError when the file
+        ends early. Where rows do not lie together all are read and the others dropped.
+        """
         ...
 
     def bind(self, model: nn.Module) -> Source:

@@ -40,6 +40,7 @@ no such parameter."""
 
 Value = Tensor | PackedWeight
 TargetsOf = Callable[[str], Iterable[str]]
+RowsOf = Callable[[str], slice | None]
 Initialise = Callable[[Sequence[str], int], Iterator[tuple[str, Tensor]]]
 
 
@@ -146,14 +147,27 @@ class Stream:
         """Read and yield; a value may be yielded under several names."""
         return self.only(lambda name: True)
 
-    def only(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Value]]:
-        """The same for the parameters whose name is wanted; nothing else is read."""
+    def only(
+        self, wanted: Callable[[str], bool], rows: RowsOf | None = None
+    ) -> Iterator[tuple[str, Value]]:
+        """The same for the parameters whose name is wanted; nothing else is read.
+
+        `rows(name)`: the rows that are enough of a parameter (None: all). Where one tensor of the
+        checkpoint is one parameter the right way round only they are read, and of no rows nothing;
+        what is turned, cut or fused comes whole.
+        """
         for job in self._jobs:
             names = [self._first[target] for target in job.targets]
             targets = {name: self._wanted_targets(name, wanted) for name in names}
             if not any(targets.values()):
                 continue
-            for name, value in self._values(job):
+            flat = [target for some in targets.values() for target in some]
+            enough = None if rows is None else _common(rows(target) for target in flat)
+            if enough is not None and enough.start == enough.stop:
+                for target in flat:
+                    yield target, torch.empty(0, *self._expected_shape(job)[1:])
+                continue
+            for name, value in self._values(job, enough):
                 for target in targets[name]:
                     yield target, value
                 del value
@@ -166,7 +180,10 @@ class Stream:
     def _wanted_targets(self, name: str, wanted: Callable[[str], bool]) -> list[str]:
         return [target for target in self._targets_of(name) if wanted(target)]
 
-    def _values(self, job: Job) -> Iterator[tuple[str, Value]]:
+    def _expected_shape(self, job: Job) -> tuple[int, ...]:
+        return tuple(self._expected[job.targets[0]].shape)
+
+    def _values(self, job: Job, rows: slice | None) -> Iterator[tuple[str, Value]]:
         if not job.is_plain:
             made = run_job(job, self._read_dense, self._model, where=self._source.describe())
             for name, tensor in made:
@@ -174,11 +191,13 @@ class Stream:
                 yield self._first[name], tensor
             return
         name, piece = self._first[job.targets[0]], job.pieces[0][0]
-        value = self._source.read(piece)
+        is_turned = job.targets[0] in self._transposed
+        rows = None if is_turned else rows
+        value = self._source.read(piece, rows)
         if isinstance(value, Tensor):
             if name in self._copies:
-                self._check_tie(name, value)
-            if job.targets[0] in self._transposed:
+                self._check_tie(name, value, rows)
+            if is_turned:
                 value = value.t()
         yield name, value
 
@@ -199,8 +218,8 @@ class Stream:
         # A tied parameter may be stored under its second name: it still comes in its first place.
         return [kept[first] for first in dict.fromkeys(self._first.values()) if first in kept]
 
-    def _check_tie(self, name: str, value: Tensor) -> None:
-        other = self._source.read(self._copies[name])
+    def _check_tie(self, name: str, value: Tensor, rows: slice | None) -> None:
+        other = self._source.read(self._copies[name], rows)
         if isinstance(other, Tensor) and not torch.equal(other, value):
             raise WeightError(
                 f"{self._source.describe()}: config.json ties {self._copies[name]} to {name}, "
@@ -295,6 +314,12 @@ def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """For each name, the first name of the same tensor: tied parameters have several."""
     seen: dict[int, str] = {}
     return {name: seen.setdefault(id(tensor), name) for name, tensor in state.items()}
+
+
+def _common(asked: Iterable[slice | None]) -> slice | None:
+    """The rows that all ask for; None, which is all of them, where they ask for different ones."""
+    first, *others = asked
+    return first if all(other == first for other in others) else None
 
 
 def _some(names: Sequence[str]) -> str:

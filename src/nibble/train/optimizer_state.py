@@ -1,0 +1,171 @@
+"""The optimiser's state on disk: whole tensors under the parameters' names, and numbers.
+
+    optimizer.safetensors    PARAMETER/STATE
+    optimizer.json           groups with the names of their parameters, each parameter's state in
+                             order (numbers, such as steps; null for tensors), sizes of the parts
+                             of 8-bit states
+
+So it knows neither the order of parameters nor how many processes held them. A state tensor is cut
+as the optimiser says (`split_dims`); another library's is cut as its parameter is where it has its
+shape, and else the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nibble.errors import CheckpointError
+from nibble.optim.shards import ShardView
+from nibble.spec.state import stored_as
+from nibble.train.state import TrainState
+from nibble.train.whole import ABSMAX, CODES, SIGNED, Piece, WholeFile, rows_of, write_whole
+
+TENSORS, NUMBERS = "optimizer.safetensors", "optimizer.json"
+Number = int | float | bool | str | None
+
+
+def write_optimizer(folder: Path, state: TrainState) -> None:
+    """Write the optimiser's state to a folder; all processes must come, the first one writes."""
+    names = {id(p): name for name, p in state.trained().items()}
+    pieces: dict[str, Piece] = {}
+    states: dict[str, dict[str, Number]] = {}
+    for parameter, kept in _states(state.optimizer):
+        name = names[id(parameter)]
+        dims = split_dims(state, name, {k: tuple(t.shape) for k, t in _tensors(kept).items()})
+        for key, tensor in _tensors(kept).items():
+            pieces[f"{name}/{key}"] = Piece(tensor=tensor, dim=dims.get(key))
+        states[name] = {k: None if isinstance(v, Tensor) else v for k, v in kept.items()}
+    sizes = write_whole(folder / TENSORS, pieces, state.place)
+    if state.place is not None and state.place.rank > 0:
+        return
+    groups = [
+        {**group, "params": own}
+        for group, own in zip(state.optimizer.param_groups, _grouped(state), strict=True)
+    ]
+    cuts = {name: parts for name, parts in sizes.items() if name.endswith(CODES)}
+    text = {"groups": groups, "states": states, "sizes": cuts}
+    (folder / NUMBERS).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+
+def read_optimizer(folder: Path, state: TrainState) -> None:
+    """Load the parts of the optimiser's state that live here.
+
+    Raises CheckpointError for files that are damaged or of another optimiser or model.
+    """
+    path = folder / NUMBERS
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        groups, states, sizes = text["groups"], text["states"], text["sizes"]
+        listed = [list(group["params"]) for group in groups]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from None
+    file = WholeFile(folder / TENSORS, sizes)
+    own = _grouped(state)
+    if listed != own:
+        raise CheckpointError(
+            f"{path}: the optimiser was saved with groups of {[len(g) for g in listed]} tensors, "
+            f"this run has {[len(g) for g in own]} or others: resume with the recipe that wrote "
+            "the checkpoint"
+        )
+    ours = [group["params"] for group in state.optimizer.param_groups]
+    order = {id(p): number for number, p in enumerate(p for group in ours for p in group)}
+    place_of = {name: order[id(p)] for name, p in state.trained().items() if id(p) in order}
+    loaded: dict[int, dict[str, Any]] = {}
+    for group, names in zip(groups, listed, strict=True):
+        is_8bit = group.get("codec") == "8bit"
+        for name in names:
+            if name in states:
+                loaded[place_of[name]] = _read_state(
+                    file, state, name, states[name], is_8bit=is_8bit
+                )
+    restored = [
+        {k: [order[id(p)] for p in params] if k == "params" else _tupled(v) for k, v in g.items()}
+        for g, params in zip(groups, ours, strict=True)
+    ]
+    state.optimizer.load_state_dict({"state": loaded, "param_groups": restored})
+
+
+def _read_state(
+    file: WholeFile, state: TrainState, name: str, saved: Mapping[str, Number], *, is_8bit: bool
+) -> dict[str, Any]:
+    """The own part of the state of one parameter."""
+    shapes = {key: file.shape(f"{name}/{key}") for key in saved if f"{name}/{key}" in file.names}
+    dims = split_dims(state, name, shapes)
+    view = None if state.place is None else state.place.view(name)
+    own = state.trained()[name]
+    found: dict[str, Any] = {}
+    for key, number in saved.items():
+        slot = key.removesuffix(CODES)
+        if key.endswith(ABSMAX):
+            continue  # comes with its codes
+        if key not in shapes:
+            found[key] = number
+            continue
+        shape, dim = shapes[key], dims.get(key)
+        rows = None
+        if dim is not None and view is not None and view.dim is not None:
+            rows = rows_of(view, own.shape[view.dim])
+        if not is_8bit or slot not in SIGNED:
+            found[key] = file.read(f"{name}/{key}", dim, rows)
+            continue
+        numel = torch.Size(shape).numel()
+        if dim is not None and rows is not None:
+            numel = numel // max(1, shape[dim]) * (rows.stop - rows.start)
+        as_8bit = stored_as("8bit", numel) == "8bit"
+        found |= file.read_slot(f"{name}/{slot}", dim, rows, as_8bit=as_8bit)
+    return found
+
+
+def split_dims(
+    state: TrainState, name: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int | None]:
+    """The dim along which each state tensor of a parameter is cut over the processes."""
+    view: ShardView | None = None if state.place is None else state.place.view(name)
+    if view is None or view.dim is None:
+        return {}
+    local = tuple(state.trained()[name].shape)
+    dims: dict[str, int | None] = {}
+    for key, shape in shapes.items():
+        slot = key.removesuffix(CODES)
+        if key.endswith(ABSMAX):
+            dims[key] = 0
+        elif shape in (local, view.shape):
+            dims[key] = view.dim
+        elif slot.endswith("_row"):
+            dims[key] = view.dim if view.dim < len(local) - 1 else None
+        elif slot.endswith("_col"):
+            skipped = len(local) - 2
+            dims[key] = None if view.dim == skipped else view.dim - (view.dim > skipped)
+        else:
+            dims[key] = None
+    return dims
+
+
+def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+    """Every parameter with state, in the optimiser's order."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and optimizer.state.get(parameter):
+                yield parameter, optimizer.state[parameter]
+
+
+def _tensors(kept: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+
+
+def _grouped(state: TrainState) -> list[list[str]]:
+    """Names of what each group of the optimiser trains."""
+    names = {id(p): name for name, p in state.trained().items()}
+    groups = state.optimizer.param_groups
+    return [[names[id(p)] for p in group["params"] if id(p) in names] for group in groups]
+
+
+def _tupled(value: Any) -> Any:
+    """JSON has no tuples: betas come back as one."""
+    return tuple(value) if isinstance(value, list) else value
