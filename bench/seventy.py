@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "--exact" in sys.argv:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 import yaml
@@ -267,10 +269,14 @@ def _tell(group: Group, sampler: Sampler, **words: Any) -> None:
 
 
 def _exact(options: argparse.Namespace, recipe: Recipe, group: Group) -> None:
-    """Gradients of every block, streamed and resident, on the same card with the same rows."""
+    """Gradients of every block, streamed and resident, on the same card with the same rows; the
+    resident run twice, since kernels that add in any order would differ by themselves.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     found = []
     rows, length = map(int, options.batches.split(",")[0].split("x"))
-    for kind in ("single", "stream"):
+    for kind in ("single", "single", "stream"):
         place: Any = placement(
             Place.model_validate({**recipe.place.model_dump(), "kind": kind}),
             group if kind == "stream" else Group.alone(group.device),
@@ -306,7 +312,7 @@ def _exact(options: argparse.Namespace, recipe: Recipe, group: Group) -> None:
         del assembly, run_of, trained, parameter, output, loss
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    one, other = found
+    again, one, other = found
     unequal = [name for name in one if not torch.equal(one[name], other[name])]
     largest = max(float((one[n] - other[n]).abs().max()) for n in one)
     if group.is_first:
@@ -319,6 +325,7 @@ def _exact(options: argparse.Namespace, recipe: Recipe, group: Group) -> None:
             cards=group.world,
             num_gradients=len(one),
             num_unequal=len(unequal),
+            num_unequal_resident=sum(not torch.equal(one[n], again[n]) for n in one),
             unequal=unequal[:5],
             largest_difference=largest,
             largest_gradient=max(float(g.abs().max()) for g in one.values()),

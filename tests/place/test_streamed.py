@@ -54,7 +54,14 @@ def reference_weights(config: Any) -> dict[str, Tensor]:
 
 
 def filled(
-    place: Any, *, quant: str, adapter: str, policy: str, family: str = "llama", keep: Any = ()
+    place: Any,
+    *,
+    quant: str,
+    adapter: str,
+    policy: str,
+    family: str = "llama",
+    keep: Any = (),
+    more: Any = None,
 ) -> nn.Module:
     """A model in its place, through the calls that `use.assemble.fill` makes."""
     built = tiny(family)
@@ -64,7 +71,7 @@ def filled(
     generator = torch.Generator().manual_seed(0)
     words = Adapter(kind=adapter, rank=2, dropout=0.1 if policy == "none" else 0.0)  # type: ignore[arg-type]
     adapt_(built.model, words, dtype=torch.float32, generator=generator)
-    model = place.arrange(built, activations=Activations(policy=policy))
+    model = place.arrange(built, activations=Activations(policy=policy, **(more or {})))
     for name, value in reference_weights(built.config).items():
         rows = place.rows(model, name)
         if rows is None or value[rows].numel():
@@ -78,7 +85,7 @@ def filled(
         noise = torch.Generator().manual_seed(5)
         for name, parameter in place.trained(model).items():
             if "lora_B" in name:
-                parameter.normal_(0, 0.1, generator=noise)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.1, generator=noise))
     return model
 
 
@@ -94,6 +101,7 @@ def run(
         model.train()
         for number in range(accumulation):
             ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(number))
+            ids = ids.to(place.device)
             with place.micro_batch(last=number == accumulation - 1):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 (loss / share).backward()
@@ -184,6 +192,22 @@ def test_what_is_not_packed_is_streamed_too(streams: Any) -> None:
         leaves = {piece.leaf for piece in place.blocks.layouts[0].pieces}
         assert {"codes", "weight", "gate_up_proj"} <= leaves
         same(run(place, model), expected)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("policy", "more"),
+    [("selective", {}), ("full", {"keep_blocks": 2}), ("full", {"offload": True}),
+     ("selective", {"offload": True, "keep_blocks": 1})],
+)  # fmt: skip
+def test_what_is_kept_of_activations_does_not_matter(
+    quant: str, policy: str, more: dict[str, Any], streams: Any
+) -> None:
+    words = {"quant": quant, "adapter": "lora"}
+    single = placement(Place(kind="single", device="cpu"), Group.alone(CPU))
+    expected = run(single, filled(single, **words, policy="full"))
+    place = streams(ring_blocks=2)
+    same(run(place, filled(place, **words, policy=policy, more=more)), expected)
 
 
 def test_an_aborted_step_leaves_a_usable_ring(streams: Any) -> None:
