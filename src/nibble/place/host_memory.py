@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,13 +163,14 @@ class _Pins:
     def release(self) -> None:
         self._stop = True
         self._thread.join()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for start in self._done:
-            torch.cuda.cudart().cudaHostUnregister(self._address + start)
+            runtime.cudaHostUnregister(self._address + start)
         self._done = []
 
     def _register(self, pieces: list[tuple[int, int]]) -> None:
         torch.cuda.set_device(self._device)
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for start, end in pieces:
             begin = time.perf_counter()
             if self._error is None and not self._stop:

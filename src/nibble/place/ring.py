@@ -73,7 +73,9 @@ class Ring:
         self._taken: Slot | None = None
         self.num_copies = 0
         """Since the beginning."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        )
         self._order: list[int] = []
         self._position: dict[int, int] = {}
         largest = max((source.numel() for source in sources), default=0)
@@ -138,7 +140,7 @@ class Ring:
     def _leave(self, slot: Slot) -> None:
         """Let copies into a slot begin behind what the present stream has been given."""
         if self._device.type == "cuda":
-            slot.free = slot.free or torch.cuda.Event()
+            slot.free = slot.free or torch.cuda.Event()  # type: ignore[no-untyped-call]
             slot.free.record(torch.cuda.current_stream(self._device))
 
     def _ahead(self, block: int, way: Way) -> list[int]:
@@ -176,5 +178,5 @@ class Ring:
         self._stream.wait_event(slot.free)
         with torch.cuda.stream(self._stream):
             self._copy(target, source)
-            slot.arrived = slot.arrived or torch.cuda.Event()
+            slot.arrived = slot.arrived or torch.cuda.Event()  # type: ignore[no-untyped-call]
             slot.arrived.record(self._stream)

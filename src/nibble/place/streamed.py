@@ -207,7 +207,7 @@ class Blocks:
             return tensor.detach()
         return _Place(
             block=slot.block,
-            offset=tensor.storage_offset() * tensor.dtype.itemsize,
+            offset=int(tensor.storage_offset()) * tensor.dtype.itemsize,
             size=tuple(tensor.size()),
             stride=tensor.stride(),
             dtype=tensor.dtype,
