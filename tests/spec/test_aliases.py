@@ -148,7 +148,12 @@ CROSSWALK: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # unsloth
     ({"use_peft": True, "r": 8, "target_modules": ["q_proj"], "max_seq_length": 64, "bias": "none"},
      {"adapter.rank": 8, "adapter.targets": ["q_proj"], "data.max_length": 64}),
-    ({"use_gradient_checkpointing": "unsloth"}, {"train.activation_checkpointing": "full"}),
+    (
+        {"use_gradient_checkpointing": "unsloth"},
+        {"train.activation_checkpointing": "full", "train.activation_offload": True},
+    ),
+    ({"activation_offloading": True}, {"train.activation_offload": True}),
+    ({"enable_activation_offloading": True}, {"train.activation_offload": True}),
     ({"train_on_responses_only": True}, {"data.loss_on": "answers"}),
     # torchtune
     ({"model": {"path": "m", "lora_rank": 8, "lora_alpha": 16,
