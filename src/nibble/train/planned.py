@@ -16,6 +16,7 @@ import torch
 from nibble.errors import ConfigError, PlanError
 from nibble.place import Group, resolved
 from nibble.place.base import Memory, Placement
+from nibble.place.host_memory import available_bytes
 from nibble.spec.advice import advise
 from nibble.spec.arch import architecture
 from nibble.spec.decide import decide
@@ -51,6 +52,8 @@ def plan_run(
     if recipe.train.keep_blocks == "auto":
         recipe = decide(recipe, architecture=shape, limit_bytes=least, **words)  # type: ignore[arg-type]
         made = plan(recipe, architecture=shape, **words)  # type: ignore[arg-type]
+    offloads = any(p.host["offloaded_activations"] for p in made.phases)
+    made.check_host(available_bytes() if offloads and not on_cpu else None)
     try:
         made.check(least)
     except PlanError as error:
