@@ -14,6 +14,7 @@ from torch import nn
 from nibble.errors import ConfigError, PlanError
 from nibble.nn.adapters import adapt_
 from nibble.nn.expand import expand_
+from nibble.nn.factorised import factorise_
 from nibble.nn.quant import QuantLinear, quantize_
 from nibble.optim import build
 from nibble.optim.projected_grad import ProjectedGrad
@@ -228,6 +229,19 @@ def test_layer_wise_gradients_are_priced_to_the_byte(precision: str, side: str) 
     assert stock.gradient_bytes == whole + sum(grad.small.nbytes for grad in small)
     largest = max(p.nbytes for p in model.parameters() if isinstance(p.grad, ProjectedGrad))
     assert sketches > 0 and stock.passing_gradient_bytes == sketches + largest
+
+
+def test_factors_take_the_place_of_their_weights() -> None:
+    r = recipe(
+        model={"path": "m", "from_scratch": True},
+        adapter={"kind": "factorised", "rank": 4, "targets": ["q_proj", ".*mlp.*proj"]},
+    )
+    model = meta_model("llama", TINY)
+    factorise_(model, r.adapter.targets, rank=4)
+    stock = inventory(r, from_config({"model_type": "llama", **TINY}))
+    assert stock.num_total == stock.num_trainable == sum(p.numel() for p in model.parameters())
+    assert stock.trained_bytes == sum(p.nbytes for p in model.parameters())
+    assert stock.base_bytes == 0
 
 
 def test_a_7b_layer_by_layer_saves_gradients_and_states() -> None:

@@ -114,12 +114,9 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
             by_block[parameter.block] += nbytes
             dense[parameter.block] += nbytes
     block_of = {parameter.name: parameter.block for parameter in model.parameters}
-    num_adapter = 0
-    for parameter in architecture.parameters:
-        for number, tensor in enumerate(_adapter_tensors(recipe, parameter, adapted)):
-            name = f"{parameter.module}.adapter.{number}"
-            trained[name], block_of[name] = tensor, parameter.block
-            num_adapter += prod(tensor.shape)
+    beside = _beside(recipe, architecture, adapted, block_of)
+    num_adapter = sum(prod(tensor.shape) for tensor in beside.values())
+    trained |= beside
     costs = learning(recipe.optim, trained)
     for name, nbytes in costs.weights.items():
         learnt[block_of[name]] += nbytes
@@ -192,6 +189,21 @@ def _packed(recipe: Recipe, architecture: Architecture, spec: FormatSpec | None)
             f"quant.format={spec.name} finds no linear to store among {len(linears)}; "
             "use quant.format=none or keep fewer"
         )
+    return found
+
+
+def _beside(
+    recipe: Recipe,
+    architecture: Architecture,
+    adapted: set[str],
+    block_of: dict[str, int | None],
+) -> dict[str, TensorSpec]:
+    """The adapters' tensors by names of their own, which `block_of` learns."""
+    found: dict[str, TensorSpec] = {}
+    for parameter in architecture.parameters:
+        for number, tensor in enumerate(_adapter_tensors(recipe, parameter, adapted)):
+            name = f"{parameter.module}.adapter.{number}"
+            found[name], block_of[name] = tensor, parameter.block
     return found
 
 

@@ -36,6 +36,7 @@ from nibble.place.base import Placement
 from nibble.spec.builtin_models import is_builtin, rounded_vocabulary
 from nibble.spec.config import Model, Recipe
 from nibble.spec.formats import FormatSpec, format_spec
+from nibble.spec.methods import has_int8_weights
 from nibble.use import packed
 from nibble.weights import Stream, open_weights, stream
 
@@ -125,6 +126,8 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     words = recipe.model
     if words.task == "classification" and words.num_labels is None and num_labels is not None:
         words = words.model_copy(update={"num_labels": num_labels})
+    if to_train:
+        _check_weights(recipe)
     words = _with_vocabulary(words)
     recipe = recipe.model_copy(update={"model": words})
     built = build(words, dtype=storage_dtype(recipe))
@@ -159,21 +162,7 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
         )
     keep = (*recipe.quant.keep, *(expansion.names if expansion else ()))
     quantize_(model, spec, keep=keep, kernels=recipe.quant.kernels)
-    adapter = recipe.adapter
-    if adapter.kind == "factorised":
-        factorise_(model, adapter.targets, rank=adapter.rank)
-        adapter = adapter.model_copy(update={"kind": "none"})  # all that is left is trained
-    if to_train or recipe.adapter.kind != "none":
-        summary = adapt_(
-            model,
-            adapter,
-            dtype=adapter_dtype(recipe),
-            generator=torch.Generator().manual_seed(recipe.train.seed),
-            expansion=expansion,
-        )
-    else:
-        model.requires_grad_(False)
-        summary = summarise(model, "none")
+    summary = _adapt(model, recipe, expansion=expansion, to_train=to_train)
     fused = None
     if recipe.train.fused_kernels:
         fused = fuse_(model, built.family.decoder(model), dtype=compute_dtype(recipe))
@@ -194,6 +183,35 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
         trained_names=trained,
         fused=fused,
     )
+
+
+def _adapt(
+    model: nn.Module, recipe: Recipe, *, expansion: Expansion | None, to_train: bool
+) -> AdapterSummary:
+    """Put in what is trained beside the base, or in place of it, and freeze the rest."""
+    adapter = recipe.adapter
+    if not to_train and adapter.kind == "none":
+        model.requires_grad_(False)
+        return summarise(model, "none")
+    if adapter.kind == "factorised":
+        factorise_(model, adapter.targets, rank=adapter.rank)
+        adapter = adapter.model_copy(update={"kind": "none"})  # all that is left is trained
+    return adapt_(
+        model,
+        adapter,
+        dtype=adapter_dtype(recipe),
+        generator=torch.Generator().manual_seed(recipe.train.seed),
+        expansion=expansion,
+    )
+
+
+def _check_weights(recipe: Recipe) -> None:
+    """Raise ConfigError for weights that only a script can train."""
+    if has_int8_weights(recipe.optim):
+        raise ConfigError(
+            "optim.weights=int8 can be planned but is not trained by a recipe yet: use "
+            "weights=float, or optim.keep_int8_ and nn.int8_weights in a script"
+        )
 
 
 def _with_vocabulary(words: Model) -> Model:
