@@ -225,3 +225,20 @@ def test_a_gpu_runs_packed_qlora_and_goes_on(
     assert second.memory.reserved_bytes > 0
     files = {p.name for p in (tmp_path / "run" / "profile").iterdir()}
     assert files == {"trace.json.gz", "operators.txt", "memory.csv", "memory.pickle"}
+
+
+def test_what_is_kept_of_activations_changes_no_loss(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {"activation_checkpointing": "none"},
+        {"activation_checkpointing": "selective", "activation_offload": True},
+        {"keep_blocks": "auto"},
+    ]
+    found = []
+    for number, train in enumerate(settings):
+        folder = tmp_path / str(number)
+        words = recipe(base, data, folder, **lora(), train={"max_steps": 2, **train})
+        run.train(words, stream=io.StringIO())
+        found.append(losses(folder))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 2
