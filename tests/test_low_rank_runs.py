@@ -243,3 +243,21 @@ def test_fine_tuning_and_a_classification_by_galore(
         *common, f"data.train={table}", f"data.eval={table}", "optim.method=galore",
         "optim.learning_rate=1e-2", "train.epochs=5", f"output_dir={tmp_path / 'c'}"]))  # fmt: skip
     assert classes.outcome.eval_loss_after is not None and classes.outcome.eval_loss_after < 0.45
+
+
+@pytest.mark.parametrize("name", ["galore", "layerwise-8bit", "apollo"])
+def test_accumulated_passes_are_one_batch(
+    name: str, shape: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Clipping and refreshes included: 1 x 8 rows and 4 x 2 rows take the same steps."""
+    fp32 = (*ROWS[name], "optim.state=fp32", "optim.max_grad_norm=0.5")
+    losses = []
+    for rows, passes in ((8, 1), (2, 4)):
+        given = recipe(
+            shape, texts, tmp_path / str(rows), *fp32, f"train.micro_batch_size={rows}",
+            f"train.gradient_accumulation_steps={passes}", steps=6,
+        )  # fmt: skip
+        trained(given)
+        lines = (tmp_path / str(rows) / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -28,8 +28,8 @@ from nibble.nn.adapters import (
 )
 from nibble.nn.expand import Expansion, expand_
 from nibble.nn.factorised import factorise_, factorised
-from nibble.nn.merging import merged_weights
 from nibble.nn.fused import FusedSummary, fuse_
+from nibble.nn.merging import merged_weights
 from nibble.nn.quant import PackedWeight, quantize_
 from nibble.place.activations import Activations
 from nibble.place.base import Placement
