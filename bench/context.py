@@ -27,9 +27,10 @@ from typing import Any
 import step
 import torch
 import yaml
-from random_model import CASES, write_config
+from random_model import CASES, assemble_random, write_config
 
 from nibble.nn.attention import PACKED, attention_name
+from nibble.place.activations import Activations
 from nibble.place.single import one_device
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
@@ -37,6 +38,7 @@ from nibble.spec.decide import decide
 from nibble.spec.plan import plan
 from nibble.spec.units import GIB, parse_bytes
 from nibble.train.state import seed_everything
+from nibble.use.assemble import fill
 
 RESOLUTION = 8192
 
@@ -157,12 +159,12 @@ def _seconds(
     options: argparse.Namespace, recipe: Recipe, place: Any, folder: str, *, rows: int, length: int
 ) -> tuple[float, float]:
     """Of the last step, and its loss."""
-    assembly = step.assemble_random(recipe, device=place.device)
+    assembly = assemble_random(recipe, device=place.device)
     model = assembly.model
     selective = recipe.train.activation_checkpointing == "selective"
     if selective and attention_name(type(model), assembly.built.config) == PACKED:
         model.set_attn_implementation(PACKED)
-    step.fill(assembly, place, activations=step.Activations.of(recipe.train))
+    fill(assembly, place, activations=Activations.of(recipe.train))
     run = step._run(recipe, assembly, place, Path(folder))
     vocabulary = assembly.built.config.get_text_config().vocab_size
     steps = step.RandomSteps(vocabulary=vocabulary, rows=rows, length=length)
