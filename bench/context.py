@@ -163,7 +163,7 @@ def _seconds(
     model = assembly.model
     selective = recipe.train.activation_checkpointing == "selective"
     if selective and attention_name(type(model), assembly.built.config) == PACKED:
-        model.set_attn_implementation(PACKED)
+        model.set_attn_implementation(PACKED)  # type: ignore[operator]
     fill(assembly, place, activations=Activations.of(recipe.train))
     run = step._run(recipe, assembly, place, Path(folder))
     vocabulary = assembly.built.config.get_text_config().vocab_size

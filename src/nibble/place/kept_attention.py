@@ -80,9 +80,9 @@ class _Number:
         self.number = number
 
 
-class _Keep(TorchDispatchMode):
+class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kept: Kept) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
 
     def __torch_dispatch__(
@@ -98,7 +98,7 @@ class _Keep(TorchDispatchMode):
         return outputs
 
 
-class _Replay(_Keep):
+class _Replay(_Keep):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self,
         func: OpOverload,
