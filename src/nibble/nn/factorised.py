@@ -25,7 +25,7 @@ STD = 0.02
 
 
 class FactorisedLinear(nn.Module):
-    """x [..., in] to [..., out] through r dims; takes features, bias, type and device of a linear."""
+    """x [..., in] to [..., out] through r dims; made like a linear, with its bias."""
 
     def __init__(self, linear: nn.Linear, *, rank: int) -> None:
         super().__init__()
