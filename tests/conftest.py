@@ -6,7 +6,9 @@ thread each is fastest, and no test may find or leave anything in the home folde
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,4 +16,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nibble-test-cache-")
+CACHE = tempfile.mkdtemp(prefix="nibble-test-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
