@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,14 +54,18 @@ def test_svd_is_optimal(shape: tuple[int, int], side: str) -> None:
 def test_randomised_is_close_to_svd(side: str, power: float, bound: float) -> None:
     matrix = decaying(160, 120, power=power)
     best = tail(matrix, basis=lowrank.svd_basis(matrix, rank=24, side=side), side=side)
-    basis = lowrank.randomised_basis(matrix, rank=24, side=side, generator=seeded(5))
+    words: Any = {
+        "product": lambda columns, of: lowrank.sketch(matrix, columns=columns, side=of),
+        "length": 120 if side == "left" else 160,
+        "rank": 24,
+        "side": side,
+    }
+    basis = lowrank.randomised_basis(**words, generator=seeded(5))
     assert orthogonality_error(basis) < 1e-5
     assert best <= tail(matrix, basis=basis, side=side) <= bound * best
     # Without power iteration it is the plain range finder, whose expected error with k + p = r
     # columns is at most sqrt(1 + k / (p - 1)) of the best of rank k (arXiv 0909.4061, th. 10.5).
-    plain = lowrank.randomised_basis(
-        matrix, rank=24, side=side, generator=seeded(5), num_power_iterations=0
-    )
+    plain = lowrank.randomised_basis(**words, generator=seeded(5), num_power_iterations=0)
     half = torch.linalg.vector_norm(torch.linalg.svdvals(matrix)[12:]).item()
     assert tail(matrix, basis=plain, side=side) <= (1 + 12 / 11) ** 0.5 * half
 

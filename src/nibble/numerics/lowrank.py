@@ -31,6 +31,7 @@ and knows no parameters, steps or seeds: generators are given.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,24 +123,26 @@ def sketch(matrix: Tensor, *, columns: Tensor, side: str) -> Tensor:
 
 
 def randomised_basis(
-    matrix: Tensor,
+    product: Callable[[Tensor, str], Tensor],
     *,
+    length: int,
     rank: int,
     side: str,
     generator: torch.Generator,
     num_power_iterations: int = 1,
 ) -> Tensor:
-    """Basis of the dominant range of `matrix` [m, n] on one side, float32 [side, rank].
+    """Basis of the dominant range of a matrix [m, n] on one side, float32 [side, rank].
 
-    A power iteration takes the singular values to the third power, for two more products.
+    `product(columns, side)` is the matrix (left) or its transpose (right) times columns, float32,
+    as `sketch` makes it; `length` is the other side's. A power iteration takes the singular values
+    to the third power, for two more products.
     """
-    oriented = matrix if side == "left" else matrix.mT
-    columns = sketch_columns(oriented.shape[1], rank=rank, generator=generator)
-    basis = orthonormalise(sketch(matrix, columns=columns, side=side), generator=generator)
+    columns = sketch_columns(length, rank=rank, generator=generator)
+    basis = orthonormalise(product(columns, side), generator=generator)
+    other = "right" if side == "left" else "left"
     for _ in range(num_power_iterations):
-        inner = oriented.mT @ basis.to(matrix.dtype)
-        inner = orthonormalise(inner, generator=generator).to(matrix.dtype)
-        basis = orthonormalise(oriented @ inner, generator=generator)
+        inner = orthonormalise(product(basis, other), generator=generator)
+        basis = orthonormalise(product(inner, side), generator=generator)
     return basis
 
 
@@ -194,11 +197,17 @@ def channel_ratios(updates: Tensor, grads: Tensor, *, dim: int) -> Tensor:
     return torch.where(sizes > 0, ratios, 0.0)
 
 
-def tensor_ratio(updates: Tensor, grads: Tensor) -> Tensor:
-    """|U| / |R| of whole tensors, a scalar; 0 where R is 0."""
-    size = torch.linalg.vector_norm(grads)
-    ratio = torch.linalg.vector_norm(updates) / size.clamp(min=_TINY)
-    return torch.where(size > 0, ratio, 0.0)
+def tensor_ratio(
+    updates: Tensor, grads: Tensor, *, sum_: Callable[[Sequence[Tensor]], None] | None = None
+) -> Tensor:
+    """|U| / |R| of whole tensors, a scalar; 0 where R is 0. `sum_` adds over their parts."""
+    norms = torch.stack([torch.linalg.vector_norm(updates), torch.linalg.vector_norm(grads)])
+    if sum_ is not None:
+        norms.square_()
+        sum_([norms])
+        norms.sqrt_()
+    ratio = norms[0] / norms[1].clamp(min=_TINY)
+    return torch.where(norms[1] > 0, ratio, 0.0)
 
 
 def growth_factor(norm: Tensor, previous: Tensor, *, norm_growth: float) -> Tensor:

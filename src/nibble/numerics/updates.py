@@ -32,7 +32,7 @@ temporaries of the gradients' size at most, adafactor three.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,19 @@ class Hyper:
     eps: float = 1e-8
     momentum: float = 0.9
     bias_correction: str = "both"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Gradients that are parts of larger ones, all cut along `dim`, counted from the end.
+
+    `lengths` are those of the wholes along it, one a gradient. `sum_` adds small tensors over all
+    parts, in place; whoever holds another part makes the same calls.
+    """
+
+    dim: int
+    lengths: Sequence[int]
+    sum_: Callable[[Sequence[Tensor]], None]
 
 
 def adamw_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
@@ -105,34 +118,70 @@ def lion_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
     return updates
 
 
-def adafactor_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+def adafactor_(
+    grads: list[Tensor], *, states: States, hyper: Hyper, split: Split | None = None
+) -> list[Tensor]:
     """Factored second moments and clipped updates; all gradients matrices, or all of them vectors.
 
     States: `exp_avg_sq_row` [..., m] and `exp_avg_sq_col` [..., n] for gradients [..., m, n];
     `exp_avg_sq` for vectors and scalars. Gradients of one shape are stacked and share launches.
     """
     updates: dict[int, Tensor] = {}
-    by_shape: dict[torch.Size, list[int]] = {}
+    by_shape: dict[tuple[int, torch.Size], list[int]] = {}
     for index, grad in enumerate(grads):
-        by_shape.setdefault(grad.shape, []).append(index)
-    for indices in by_shape.values():
+        # Parts are told apart by their wholes: all processes stack the same ones.
+        length = 0 if split is None else split.lengths[index]
+        by_shape.setdefault((length, grad.shape), []).append(index)
+    for (length, _), indices in by_shape.items():
         stacked = _stack([grads[index] for index in indices])
         own = {name: [slot[index] for index in indices] for name, slot in states.items()}
-        direction = _adafactor_direction(stacked, own, hyper)
+        mean = _Mean(split=split, length=length)
+        direction = _adafactor_direction(stacked, own, hyper, mean)
         updates.update(zip(indices, direction.unbind(0), strict=True))
     return [updates[index] for index in range(len(grads))]
 
 
-def adafactor_momentum_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]:
+def adafactor_momentum_(
+    grads: list[Tensor], *, states: States, hyper: Hyper, split: Split | None = None
+) -> list[Tensor]:
     """Running mean of adafactor's updates; its states and `exp_avg` shaped as the gradients."""
     exp_avg = states["exp_avg"]
     factored = {name: slot for name, slot in states.items() if name != "exp_avg"}
-    updates = adafactor_(grads, states=factored, hyper=hyper)
+    updates = adafactor_(grads, states=factored, hyper=hyper, split=split)
     torch._foreach_lerp_(exp_avg, updates, 1 - hyper.betas[0])
     return exp_avg
 
 
-def _adafactor_direction(grads: Tensor, states: States, hyper: Hyper) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class _Mean:
+    """Means over dims of which only a part may live here, `length` being that of the whole."""
+
+    split: Split | None
+    length: int
+
+    def over(self, values: Tensor, dim: int, *, of: int) -> Tensor:
+        """Mean along `dim` of `values`, which is dim `of` of the gradients; dims from the end."""
+        if self.split is None or of != self.split.dim:
+            return values.mean(dim=dim)
+        total = values.sum(dim=dim)
+        self.split.sum_([total])
+        return total.div_(self.length)
+
+    def rms(self, stacked: Tensor) -> Tensor:
+        """Root mean square of each [k, 1] of stacked gradients [k, ...]."""
+        # flatten(1) of scalars [k] needs the second dim to be made first.
+        flat = stacked.view(stacked.shape[0], -1) if stacked.numel() else stacked.flatten(1)
+        norm: Tensor = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+        if self.split is None:
+            return norm.div_(math.sqrt(flat.shape[1]))
+        shape = list(stacked.shape)
+        shape[self.split.dim] = self.length
+        square = norm.square_()
+        self.split.sum_([square])
+        return square.div_(math.prod(shape[1:])).sqrt_()
+
+
+def _adafactor_direction(grads: Tensor, states: States, hyper: Hyper, mean: _Mean) -> Tensor:
     """Adafactor's update for gradients [k, ...] of one shape; advances their states."""
     weight = hyper.step**-ADAFACTOR_DECAY  # 1 - b2_t; 1 at the first step
     squares = grads.square().add_(hyper.eps**2)
@@ -140,17 +189,14 @@ def _adafactor_direction(grads: Tensor, states: States, hyper: Hyper) -> Tensor:
         variance = _advance(states["exp_avg_sq"], squares, weight)
         update = variance.rsqrt().mul_(grads)
     else:
-        row = _advance(states["exp_avg_sq_row"], squares.mean(dim=-1), weight)
-        column = _advance(states["exp_avg_sq_col"], squares.mean(dim=-2), weight)
+        row = _advance(states["exp_avg_sq_row"], mean.over(squares, -1, of=-1), weight)
+        column = _advance(states["exp_avg_sq_col"], mean.over(squares, -2, of=-2), weight)
         del squares
-        row_scale = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        row_scale = (row / mean.over(row, -1, of=-2).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
         update = grads * row_scale
         update.mul_(column.rsqrt().unsqueeze(-2))
-    # flatten(1) of scalars [k] needs the second dim to be made first.
-    flat = update.view(update.shape[0], -1)
-    rms = torch.linalg.vector_norm(flat, dim=1, keepdim=True).div_(math.sqrt(flat.shape[1]))
-    flat.div_(rms.div_(ADAFACTOR_CLIP).clamp_(min=1.0))
-    return update
+    clip = mean.rms(update).div_(ADAFACTOR_CLIP).clamp_(min=1.0)
+    return update.div_(clip.view(-1, *[1] * (update.dim() - 1)))
 
 
 def _advance(running: list[Tensor], fresh: Tensor, weight: float) -> Tensor:

@@ -13,7 +13,7 @@ from nibble.optim.groups import (
 )
 from nibble.optim.layerwise import Layerwise, layerwise_
 from nibble.optim.optimizer import Optimizer
-from nibble.optim.projected_grad import small_tensors
+from nibble.optim.projected_grad import absent_grad, small_tensors
 from nibble.optim.schedules import Schedule
 from nibble.optim.stores import Int8Store, keep_int8_
 
@@ -27,6 +27,7 @@ __all__ = [
     "Layerwise",
     "Optimizer",
     "Schedule",
+    "absent_grad",
     "build",
     "clip_grad_norm_",
     "group_parameters",

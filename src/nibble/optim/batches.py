@@ -10,12 +10,14 @@ multi-tensor kernels want lists of one dtype and rules one step count. Costs no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nibble.optim.shards import ShardView
 from nibble.spec.state import BLOCK, Slot
 
 BATCH_NBYTES = 256 * 2**20
@@ -32,11 +34,20 @@ class Piece(NamedTuple):
     weight: Tensor
     grad: Tensor
     state: dict[str, Any]
+    view: ShardView | None = None
+    """Of a part under a rule that looks beyond single elements."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor: all processes must make the same batches of parts."""
+        return self.weight.numel() if self.view is None else prod(self.view.shape)
 
 
 class Kind(NamedTuple):
     """What all pieces of a batch have in common; `names` are the keys of their states.
 
+    Where a rule looks beyond single elements and what it sees is cut, `dim` (from the end) says
+    along which dim, and `sum_` adds over the parts.
     Made for each parameter in each step, hence a plain tuple.
     """
 
@@ -46,6 +57,8 @@ class Kind(NamedTuple):
     slots: tuple[Slot, ...]
     names: tuple[str, ...]
     step: int
+    dim: int | None = None
+    sum_: Callable[[Sequence[Tensor]], None] | None = None
 
     def stored_names(self, slot: Slot) -> tuple[str, ...]:
         """Names under which a slot's tensors are in the state."""
@@ -67,11 +80,11 @@ def batches(pieces: list[Piece], *, elementwise: bool) -> Iterator[list[Piece]]:
     num_elements = 0
     for piece in pieces:
         for part in _slices(piece, limit) if elementwise else (piece,):
-            if batch and num_elements + part.weight.numel() > limit:
+            if batch and num_elements + part.numel > limit:
                 yield batch
                 batch, num_elements = [], 0
             batch.append(part)
-            num_elements += part.weight.numel()
+            num_elements += part.numel
     yield batch
 
 

@@ -26,6 +26,7 @@ possible here: bases by SVD, and residuals, both of which need whole gradients a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from nibble.errors import ConfigError
 from nibble.numerics import lowrank
 from nibble.optim.optimizer import Optimizer, initialise_
-from nibble.optim.projected_grad import ProjectedGrad, projected_grad
+from nibble.optim.projected_grad import ProjectedGrad, projected_grad, register_absent
 from nibble.optim.projection import Projection
 from nibble.optim.states import unpack
 from nibble.spec.state import slot_tensors, slots
@@ -59,6 +60,7 @@ class Layerwise:
             before, after = weight.register_hook, weight.register_post_accumulate_grad_hook
             handles.append(before(self._before(weight)))  # type: ignore[no-untyped-call]
             handles.append(after(self._after))  # type: ignore[no-untyped-call]
+            register_absent(weight, partial(self._absent, weight))
         handles.append(optimizer.register_step_post_hook(self._finish))
         # Loading replaces the groups and their options.
         handles.append(optimizer.register_load_state_dict_post_hook(lambda _: self._look_up()))
@@ -68,6 +70,8 @@ class Layerwise:
         """Take the hooks off: gradients are whole again from the next backward on."""
         for handle in self._handles:
             handle.remove()
+        for weight in self._found:
+            register_absent(weight, None)
 
     def _look_up(self) -> None:
         """Find every projected parameter's options and group."""
@@ -92,22 +96,48 @@ class Layerwise:
         """Replace a fresh full gradient by its projection, added to that of earlier passes."""
         grad = weight.grad
         assert grad is not None
-        projection, group = self._found[weight]
-        state = self._optimizer.state[weight]
-        if not state:
-            initialise_(state, weight, group=group, projection=projection)
-        if state["num_refreshes"] == 0:
-            _begin_(projection, state)
+        projection, group, state = self._begun(weight)
         matrix = grad.reshape(projection.matrix_shape)
         left, right = projection.bases(state, dtype=matrix.dtype)
         small = lowrank.project(matrix, left=left, right=right).to(self._dtype or grad.dtype)
-        sketches = _sketches(projection, state, matrix, group=group)
+        sketches = {
+            side: lowrank.sketch(matrix, columns=columns, side=side)
+            for side, columns in _sketch_columns(projection, state, group=group).items()
+        }
         held = self._held.pop(weight, None)
         if held is not None:
             small.add_(held.small)
             for side, total in sketches.items():
                 total.add_(held.sketches[side])
         weight.grad = projected_grad(weight, small=small, sketches=sketches)
+
+    def _begun(self, weight: Tensor) -> tuple[Projection, dict[str, Any], dict[str, Any]]:
+        """Projection, group and state of a parameter, the state begun."""
+        projection, group = self._found[weight]
+        state = self._optimizer.state[weight]
+        if not state:
+            initialise_(state, weight, group=group, projection=projection)
+        if state["num_refreshes"] == 0:
+            _begin_(projection, state)
+        return projection, group, state
+
+    @torch.no_grad()
+    def _absent(self, weight: Tensor) -> ProjectedGrad:
+        """The gradient of a parameter that no pass has used here: shapes are functions of the
+        state, which is equal on all processes.
+        """
+        projection, _, state = self._begun(weight)
+        shape = projection.small_shape
+        dtype = self._dtype or weight.dtype
+        small = torch.zeros(shape, dtype=dtype, device=weight.device)
+        sides = projection.low.sides(projection.shape) if _is_due(projection, state) else ()
+        sketches = {
+            side: torch.zeros(
+                projection.low.basis_shape(projection.shape, side), device=weight.device
+            )
+            for side in sides
+        }
+        return projected_grad(weight, small=small, sketches=sketches)
 
     @torch.no_grad()
     def _finish(self, *unused: object) -> None:
@@ -144,6 +174,11 @@ def layerwise_(optimizer: Optimizer, *, dtype: torch.dtype | None = None) -> Lay
     gradients.
     """
     ranks = 0
+    if any(view.dim is not None for view in optimizer.views.values()):
+        raise ConfigError(
+            "layer-wise mode keeps gradients of whole matrices, and these are sharded: use ddp, or "
+            "the ordinary mode"
+        )
     for group in optimizer.param_groups:
         if group["rank"] == 0:
             continue
@@ -176,29 +211,33 @@ def _begin_(projection: Projection, state: dict[str, Any]) -> None:
         state["next_refresh"] = state["step"] + 1 + (share if low.stagger else 0)
 
 
-def _sketches(
-    projection: Projection, state: dict[str, Any], matrix: Tensor, *, group: dict[str, Any]
+def _is_due(projection: Projection, state: dict[str, Any]) -> bool:
+    """Whether the step after this one begins with a basis from this one's sketch."""
+    return projection.low.basis != "random" and state["step"] + 1 >= state["next_refresh"]
+
+
+def _sketch_columns(
+    projection: Projection, state: dict[str, Any], *, group: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Products with some columns, by side, if the next step begins with a new basis."""
-    if projection.low.basis == "random" or state["step"] + 1 < state["next_refresh"]:
+    """Columns to sketch with, by side, if a sketch is due."""
+    if not _is_due(projection, state):
         return {}
     momentum = _momentum(projection, state, group=group)
     left, right = projection.bases(state, dtype=torch.float32)
-    sketches = {}
+    columns = {}
     for side in projection.low.sides(projection.shape):
         guide = None
         if momentum is not None and side == "left":
             guide = lowrank.project_back(momentum, left=None, right=right).mT
         elif momentum is not None:
             guide = lowrank.project_back(momentum, left=left, right=None)
-        columns = lowrank.sketch_columns(
+        columns[side] = lowrank.sketch_columns(
             projection.matrix_shape[1 if side == "left" else 0],
             rank=projection.low.rank,
             generator=projection.generator(state["num_refreshes"], side),
             guide=guide,
         )
-        sketches[side] = lowrank.sketch(matrix, columns=columns, side=side)
-    return sketches
+    return columns
 
 
 def _momentum(

@@ -15,13 +15,13 @@ between refreshes: steps are Python ints and norms stay tensors.
 
 State is tensors and ints; parameter groups hold numbers and words. So
 `torch.load(weights_only=True)` reads it, and a resumed run equals an uninterrupted one bit for bit,
-with stochastic rounding too: its noise is a function of (seed, group, step). It never communicates
-and knows no ranks: sharded parameters are given as their local tensors.
+with stochastic rounding too: its noise is a function of (seed, group, step). It knows no ranks:
+sharded parameters are given as their local tensors, with views that add over the parts (shards.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -31,14 +31,17 @@ from nibble.errors import CheckpointError, ConfigError
 from nibble.numerics.updates import RULES
 from nibble.optim.batches import Kind, Piece, batches
 from nibble.optim.options import check_constructor, check_group, check_projects
+from nibble.optim.parts import check_views, part_of, slot_dim
 from nibble.optim.projection import (
     ProjectedPiece,
     Projection,
     Store,
     projected_batches,
     projections,
+    small_shape,
     step_projected_,
 )
+from nibble.optim.shards import ShardView, whole
 from nibble.optim.states import DTYPES, as_float32, new_slot
 from nibble.optim.update import advance, move_, rate_factor, rounding_noise, rounds_weights
 from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
@@ -93,6 +96,7 @@ class Optimizer(torch.optim.Optimizer):
         norm_growth: float = 1.01,
         stagger: bool = True,
         lazy_threshold: float = 0.0,
+        views: Mapping[Tensor, ShardView] | None = None,
     ) -> None:
         low_rank = LowRank(
             rank=rank,
@@ -122,9 +126,11 @@ class Optimizer(torch.optim.Optimizer):
             **{key: getattr(low_rank, key) for key in LOW_RANK_KEYS},
         }
         self.stores: dict[Tensor, Store] = {}
+        self.views = dict(views or {})
         self._projected: dict[int, tuple[tuple[Any, ...], dict[Tensor, Projection]]] = {}
         super().__init__(params, defaults)
         check_constructor(defaults, self.param_groups)
+        check_views(self.views, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it does not say is taken from the constructor's arguments."""
@@ -139,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
                     )
             low_rank = low_rank_of(group)
             if low_rank is not None:
-                check_projects(low_rank, group["params"])
+                check_projects(low_rank, [self.view(weight).shape for weight in group["params"]])
         except ConfigError:
             self.param_groups.pop()
             raise
@@ -175,8 +181,15 @@ class Optimizer(torch.optim.Optimizer):
         plain: dict[Kind, list[Piece]] = {}
         projected: dict[Kind, list[ProjectedPiece]] = {}
         own_projections = self.projections(index)
+        elementwise = RULES[group["rule"]].elementwise
         for weight in group["params"]:
-            if weight.grad is None or weight.numel() == 0:
+            if weight.grad is None:
+                continue
+            view = self.views.get(weight)
+            # An empty part takes part in sums; where there are none, there is nothing to do.
+            if weight.numel() == 0 and (
+                view is None or (elementwise and weight not in own_projections)
+            ):
                 continue
             if weight.grad.layout != torch.strided:
                 raise ConfigError(
@@ -184,6 +197,11 @@ class Optimizer(torch.optim.Optimizer):
                 )
             projection = own_projections.get(weight)
             state = self._counted_state(weight, group, projection)
+            dim: int | None = None
+            if not elementwise and view is not None:
+                dim = projection.small_axis if projection is not None else view.dim
+                num_dims = 2 if projection is not None else weight.dim()
+                dim = None if dim is None else dim - num_dims
             kind = Kind(
                 device=weight.device,
                 weight_dtype=weight.dtype,
@@ -191,9 +209,12 @@ class Optimizer(torch.optim.Optimizer):
                 slots=slots(group["rule"], num_dims=weight.dim()),
                 names=tuple(state),
                 step=state["step"],
+                dim=dim,
+                sum_=None if dim is None or view is None else view.sum_,
             )
             if projection is None:
-                piece = Piece(weight=weight, grad=weight.grad, state=state)
+                seen = None if elementwise else view
+                piece = Piece(weight=weight, grad=weight.grad, state=state, view=seen)
                 plain.setdefault(kind, []).append(piece)
             else:
                 matrix = ProjectedPiece(
@@ -210,13 +231,40 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         options = (*(group[key] for key in LOW_RANK_KEYS), group["seed"], len(group["params"]))
         if index not in self._projected or self._projected[index][0] != options:
-            self._projected[index] = (options, projections(index, group))
+            self._projected[index] = (options, projections(index, group, self.view))
         return self._projected[index][1]
+
+    def view(self, weight: Tensor) -> ShardView:
+        """The part of a tensor that a parameter is."""
+        return self.views.get(weight) or whole(weight)
+
+    def split_dims(self, param: Tensor) -> dict[str, int | None]:
+        """Along which dim each state tensor of a parameter is cut, None for the same on all.
+
+        Whatever the codec: names of fp32 and bf16 state, of codes, and of their absmax, which are
+        those of one part after another (dim 0). Blocks begin anew in each part; the whole's are the
+        same where parts are whole rows that are whole blocks.
+        """
+        found: dict[str, int | None] = {}
+        for index, group in enumerate(self.param_groups):
+            projection = self.projections(index).get(param)
+            if not any(param is weight for weight in group["params"]):
+                continue
+            view = self.view(param)
+            dim, num_dims = view.dim, len(view.shape)
+            if projection is not None:
+                dim, num_dims = projection.small_axis, 2
+                found |= dict.fromkeys(projection.low.tensors(view.shape))
+            for slot in slots(group["rule"], num_dims=num_dims):
+                own = slot_dim(slot, dim, num_dims)
+                found |= {slot.name: own, f"{slot.name}_codes": own}
+                found[f"{slot.name}_absmax"] = None if own is None else 0
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles what it knows of.
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "stores": self.stores, "_projected": {}}
+        return {**state, "stores": self.stores, "views": self.views, "_projected": {}}
 
     def _counted_state(
         self, weight: Tensor, group: dict[str, Any], projection: Projection | None
@@ -276,16 +324,11 @@ class Optimizer(torch.optim.Optimizer):
                         f"optimiser group {number} was saved with {key} {saved.get(key)!r}, this "
                         f"run has {group[key]!r}: resume with the recipe that wrote the checkpoint"
                     )
-            low_rank = low_rank_of(saved)
             for key, weight in zip(saved["params"], group["params"], strict=True):
                 state = state_dict["state"].get(key)
                 if state is not None:
                     _check_state(
-                        state,
-                        weight,
-                        rule=group["rule"],
-                        codec=group["codec"],
-                        low_rank=low_rank,
+                        state, weight, view=self.view(weight), group=group, low=low_rank_of(saved)
                     )
 
 
@@ -295,12 +338,21 @@ def _update(
     """One step of one batch of parameters that are not projected: the module's equation."""
     grads = as_float32([piece.grad for piece in batch])
     states = [piece.state for piece in batch]
-    updates = advance(grads.views, states, group=group, kind=kind, generator=generator)
+    updates = advance(
+        grads.views,
+        states,
+        group=group,
+        kind=kind,
+        generator=generator,
+        lengths=[piece.view.shape[kind.dim] for piece in batch if piece.view and kind.dim],
+    )
     del grads  # updates keep what they need; the rest makes room for the weights
     noise = generator if rounds_weights(group, kind) else None
     weights = [piece.weight for piece in batch]
     floor = group["parameter_scale"]
-    factors = [rate_factor(weight, floor=floor) for weight in weights] if floor > 0 else None
+    factors = None
+    if floor > 0:
+        factors = [rate_factor(piece.weight, floor=floor, view=piece.view) for piece in batch]
     move_(weights, updates, group=group, noise=noise, factors=factors)
 
 
@@ -316,7 +368,7 @@ def initialise_(
     shape = tuple(weight.shape)
     if projection is not None:
         projection.initialise_(state)
-        shape = projection.low.projected_shape(shape)
+        shape = projection.small_shape
     own_slots: tuple[Slot, ...] = slots(group["rule"], num_dims=len(shape))
     for slot in own_slots:
         names = slot_tensors(slot, codec=group["codec"], shape=shape)
@@ -333,14 +385,21 @@ def _copied(state: dict[str, Any], *, device: torch.device) -> dict[str, Any]:
 
 
 def _check_state(
-    state: dict[str, Any], weight: Tensor, *, rule: str, codec: str, low_rank: LowRank | None
+    state: dict[str, Any],
+    weight: Tensor,
+    *,
+    view: ShardView,
+    group: dict[str, Any],
+    low: LowRank | None,
 ) -> None:
     """Raise CheckpointError unless a saved state has exactly the tensors that we would make."""
     shape = tuple(weight.shape)
-    expected = {
-        name: (spec.shape, DTYPES[spec.dtype])
-        for name, spec in state_tensors(rule, codec=codec, shape=shape, low_rank=low_rank).items()
-    }
+    specs = {}
+    if low is not None and low.projects(view.shape):
+        specs = low.tensors(view.shape)
+        shape = small_shape(low, part_of(view, shape), view.shape)
+    specs |= state_tensors(group["rule"], codec=group["codec"], shape=shape)
+    expected = {name: (spec.shape, DTYPES[spec.dtype]) for name, spec in specs.items()}
     found = {
         name: (tuple(value.shape), value.dtype)
         for name, value in state.items()
@@ -348,6 +407,6 @@ def _check_state(
     }
     if found != expected:
         raise CheckpointError(
-            f"optimiser state of a weight of shape {list(shape)} holds {found}, expected "
+            f"optimiser state of a weight of shape {list(weight.shape)} holds {found}, expected "
             f"{expected}: the checkpoint belongs to another model or optimiser"
         )

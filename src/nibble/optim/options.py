@@ -5,10 +5,8 @@ Costs nothing. Ranges of the projection's own options are in spec/lowrank.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from nibble.errors import ConfigError
 from nibble.numerics.updates import BIAS_CORRECTIONS, RULES
@@ -81,9 +79,8 @@ def check_constructor(defaults: Mapping[str, Any], groups: Iterable[Mapping[str,
         )
 
 
-def check_projects(low_rank: LowRank, params: Iterable[Tensor]) -> None:
-    """Raise ConfigError where a rank is above every matrix of a group."""
-    shapes = [tuple(param.shape) for param in params]
+def check_projects(low_rank: LowRank, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise ConfigError where a rank is above every matrix of a group, given by whole shapes."""
     if shapes and not any(low_rank.projects(shape) for shape in shapes):
         sides = [min(matrix_shape(shape)) for shape in shapes if len(shape) >= 2]
         found = f"its largest matrix has a side of {max(sides)}" if sides else "it has no matrix"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class ProjectedGrad(Tensor):
@@ -66,6 +67,25 @@ def projected_grad(like: Tensor, *, small: Tensor, sketches: dict[str, Tensor]) 
     grad.small = small
     grad.sketches = sketches
     return grad
+
+
+_ABSENT: Any = WeakTensorKeyDictionary()
+
+
+def register_absent(param: Tensor, make: Callable[[], ProjectedGrad] | None) -> None:
+    """Say how the gradient of nothing is made for a parameter; None: it is whole again."""
+    if make is None:
+        _ABSENT.pop(param, None)
+    else:
+        _ABSENT[param] = make
+
+
+def absent_grad(param: Tensor) -> Tensor:
+    """The gradient of a parameter that this process did not use: zeros of the shapes that it has on
+    the others, whole or small, with sketches exactly when a new basis is due.
+    """
+    make = _ABSENT.get(param)
+    return torch.zeros_like(param) if make is None else make()
 
 
 def small_tensors(params: Iterable[Tensor]) -> list[Tensor]:

@@ -18,7 +18,7 @@ unpacked twice a step. A residual asks for the whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +29,10 @@ from nibble.numerics import lowrank
 from nibble.optim import batches
 from nibble.optim.batches import Kind
 from nibble.optim.noise import generator_for
+from nibble.optim.parts import Part, part_of
 from nibble.optim.projected_grad import ProjectedGrad
+from nibble.optim.shards import ShardView
+from nibble.optim.shards import whole as whole_view
 from nibble.optim.states import DTYPES
 from nibble.optim.update import advance, move_, rate_factor, rounds_weights
 from nibble.spec.lowrank import (
@@ -37,7 +40,6 @@ from nibble.spec.lowrank import (
     LAZY_QUEUE,
     LowRank,
     low_rank_of,
-    matrix_shape,
 )
 
 Bases = tuple[Tensor | None, Tensor | None]
@@ -54,7 +56,8 @@ class Projection:
 
     low: LowRank
     weight: Tensor
-    shape: tuple[int, ...]
+    view: ShardView
+    part: Part
     seed: int
     index: int
     position: int
@@ -66,9 +69,29 @@ class Projection:
         return self.weight.device
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return self.view.shape
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the parameter as a matrix."""
-        return matrix_shape(self.shape)
+        """Rows and columns of what lives here of the parameter as a matrix."""
+        return self.part.own_shape
+
+    @property
+    def sums(self) -> bool:
+        """Whether the projected gradient is a sum over the parts of the parameter."""
+        return any(self.part.cuts(side) for side in self.low.sides(self.shape))
+
+    @property
+    def small_axis(self) -> int | None:
+        """Along which axis the projected gradient is cut; None: the same everywhere."""
+        return None if self.sums else self.part.axis
+
+    @property
+    def small_shape(self) -> tuple[int, int]:
+        """Shape of what lives here of the projected gradient."""
+        return small_shape(self.low, self.part, self.shape)
 
     def initialise_(self, state: dict[str, Any]) -> None:
         """Add zeros for all tensors of the projection, and its counters; no basis yet."""
@@ -84,8 +107,16 @@ class Projection:
         )
 
     def bases(self, state: Mapping[str, Any], *, dtype: torch.dtype) -> Bases:
-        """The present bases in `dtype`."""
+        """The present bases in `dtype`, whole."""
         return (self._basis(state, "left", dtype), self._basis(state, "right", dtype))
+
+    def own_bases(self, state: Mapping[str, Any], *, dtype: torch.dtype) -> Bases:
+        """The rows of the present bases that meet the own part of the parameter."""
+        left, right = self.bases(state, dtype=dtype)
+        return (
+            None if left is None else self.part.of(left, "left"),
+            None if right is None else self.part.of(right, "right"),
+        )
 
     def _basis(self, state: Mapping[str, Any], side: str, dtype: torch.dtype) -> Tensor | None:
         if side not in self.low.sides(self.shape):
@@ -134,10 +165,16 @@ class Projection:
         # that many or more than its rank.
         if self.low.basis == "svd":
             try:
-                return lowrank.svd_basis(matrix, rank=rank, side=side)
+                return lowrank.svd_basis(self.part.whole(matrix), rank=rank, side=side)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 pass  # it did not converge: a sketch always does
-        return lowrank.randomised_basis(matrix, rank=rank, side=side, generator=generator)
+        return lowrank.randomised_basis(
+            lambda columns, of: self.part.product(matrix, columns, of),
+            length=self.part.shape[1 if side == "left" else 0],
+            rank=rank,
+            side=side,
+            generator=generator,
+        )
 
     def refresh_(self, state: dict[str, Any], bases: Mapping[str, Tensor], *, step: int) -> None:
         """Keep new bases, which are in use from `step` (counted from 0) on; set the next date."""
@@ -168,28 +205,39 @@ class Projection:
             state["similarities"].zero_()
 
 
-def projections(index: int, group: dict[str, Any]) -> dict[Tensor, Projection]:
+def small_shape(low: LowRank, part: Part, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of what lives here of the projected gradient of a parameter of whole `shape`."""
+    rows, columns = low.projected_shape(shape)
+    if part.axis is None or any(part.cuts(side) for side in low.sides(shape)):
+        return (rows, columns)
+    return (part.length, columns) if part.axis == 0 else (rows, part.length)
+
+
+def projections(
+    index: int, group: dict[str, Any], view_of: Callable[[Tensor], ShardView] = whole_view
+) -> dict[Tensor, Projection]:
     """The projected parameters of a group; `index` is the group's place in the optimiser."""
     low = low_rank_of(group)
     if low is None:
         return {}
     places = [
-        (position, weight)
+        (position, weight, view)
         for position, weight in enumerate(group["params"])
-        if low.projects(tuple(weight.shape))
+        if low.projects((view := view_of(weight)).shape)
     ]
     gap = low.update_proj_gap
     return {
         weight: Projection(
             low=low,
             weight=weight,
-            shape=tuple(weight.shape),
+            view=view,
+            part=part_of(view, tuple(weight.shape)),
             seed=group["seed"],
             index=index,
             position=position,
             first_gap=max(1, (number + 1) * gap // len(places)) if low.stagger else gap,
         )
-        for number, (position, weight) in enumerate(places)
+        for number, (position, weight, view) in enumerate(places)
     }
 
 
@@ -237,12 +285,14 @@ def step_projected_(
 ) -> None:
     """One step of projected parameters: the module's equation."""
     grads = [_projected(piece) for piece in batch]
+    _sum_parts_(batch, grads)
     updates = advance(
         grads,
         [piece.state for piece in batch],
         group=group,
         kind=kind,
         generator=generator,
+        lengths=[p.projection.part.shape[kind.dim] for p in batch if kind.dim is not None],
     )
     noise = generator if rounds_weights(group, kind) else None
     for piece, update, grad in zip(batch, updates, grads, strict=True):
@@ -250,8 +300,18 @@ def step_projected_(
         _move_by_rows_(piece, whole, group=group, noise=noise)
 
 
+def _sum_parts_(batch: list[ProjectedPiece], grads: list[Tensor]) -> None:
+    """Complete the projected gradients to which every part of a parameter adds."""
+    sums: dict[Callable[[Sequence[Tensor]], None], list[Tensor]] = {}
+    for piece, grad in zip(batch, grads, strict=True):
+        if piece.projection.sums:
+            sums.setdefault(piece.projection.part.sum_, []).append(grad)
+    for sum_, tensors in sums.items():
+        sum_(tensors)
+
+
 def _projected(piece: ProjectedPiece) -> Tensor:
-    """R, float32; the basis is made anew first if it is time."""
+    """R, float32, or what the own part adds to it; the basis is made anew first if it is time."""
     projection, state = piece.projection, piece.state
     grad = piece.weight.grad
     assert grad is not None
@@ -261,7 +321,7 @@ def _projected(piece: ProjectedPiece) -> Tensor:
     step = state["step"] - 1  # counted already
     if step >= state["next_refresh"]:
         projection.refresh_(state, projection.new_bases(state, matrix), step=step)
-    left, right = projection.bases(state, dtype=matrix.dtype)
+    left, right = projection.own_bases(state, dtype=matrix.dtype)
     return lowrank.project(matrix, left=left, right=right)
 
 
@@ -295,6 +355,8 @@ class _Whole:
     def norm(self, num_rows: int) -> Tensor:
         """Norm of the whole sum, never held as one."""
         parts = [torch.linalg.vector_norm(self.rows(rows)) for rows in _chunks(self, num_rows)]
+        if not parts and self.matrix is not None:
+            return torch.zeros((), device=self.matrix.device)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
         return norm
 
@@ -306,13 +368,15 @@ def _whole_update(piece: ProjectedPiece, update: Tensor, small_grad: Tensor) -> 
     assert grad is not None
     bases: Bases = (None, None)
     if low.residual in ("none", "fira"):
-        bases = piece.projection.bases(state, dtype=grad.dtype)
+        bases = piece.projection.own_bases(state, dtype=grad.dtype)
     if low.residual == "none":
         return _Whole(small=update.to(grad.dtype), bases=bases, factor=None, matrix=None)
     assert not isinstance(grad, ProjectedGrad), "a residual needs the whole gradient"
     matrix = grad.reshape(piece.projection.matrix_shape)
     if low.residual == "tensor":
-        factor = lowrank.tensor_ratio(update, small_grad).view(1, 1)
+        cut = piece.projection.small_axis is not None
+        sum_ = piece.projection.part.sum_ if cut else None
+        factor = lowrank.tensor_ratio(update, small_grad, sum_=sum_).view(1, 1)
     else:
         dim = 0 if low.sides(piece.projection.shape) == ("left",) else 1
         factor = lowrank.channel_ratios(update, small_grad, dim=dim)
@@ -323,6 +387,10 @@ def _whole_update(piece: ProjectedPiece, update: Tensor, small_grad: Tensor) -> 
         negative = None if rest is None else (-rest).to(grad.dtype)
         unlimited = _Whole(small=negative, bases=bases, factor=factor, matrix=matrix)
         norm = unlimited.norm(matrix.shape[0])
+        if piece.projection.part.axis is not None:
+            square = norm.square()
+            piece.projection.part.sum_([square])
+            norm = square.sqrt()
         previous = state["residual_norm"]
         limit = lowrank.growth_factor(norm, previous, norm_growth=low.norm_growth)
         previous.copy_(norm * limit)
@@ -340,7 +408,7 @@ def _chunks(whole: _Whole, num_rows: int) -> Iterator[slice]:
         assert whole.small is not None
         right = whole.bases[1]
         num_columns = whole.small.shape[1] if right is None else right.shape[0]
-    size = max(1, batches.BATCH_NBYTES // _ROW_BYTES // num_columns)
+    size = max(1, batches.BATCH_NBYTES // _ROW_BYTES // max(1, num_columns))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -359,7 +427,8 @@ def _move_by_rows_(
             piece.store.write_(rows, values, generator=generator)
         return
     floor = group["parameter_scale"]
-    factors = [rate_factor(weight, floor=floor)] if floor > 0 else None
+    view = piece.projection.view
+    factors = [rate_factor(weight, floor=floor, view=view)] if floor > 0 else None
     rows_of = weight if weight.dim() == 2 else weight.reshape(shape)
     for rows in _chunks(whole, shape[0]):
         update = [whole.rows(rows)]

@@ -13,14 +13,16 @@ proposes (arXiv 1804.04235, section 8).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nibble.numerics.updates import RULES, Hyper
+from nibble.numerics.updates import RULES, Hyper, Split
 from nibble.optim.batches import Kind
 from nibble.optim.noise import generator_for
+from nibble.optim.shards import ShardView
 from nibble.optim.states import Stored, as_float32, store_rounded_, unpack, write_back_
 from nibble.spec.state import Slot
 
@@ -32,13 +34,20 @@ def advance(
     group: dict[str, Any],
     kind: Kind,
     generator: torch.Generator | None,
+    lengths: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Updates, float32, that the group's rule makes of float32 gradients; states advance."""
+    """Updates, float32, that the group's rule makes of float32 gradients; states advance.
+
+    `lengths`: of the wholes of gradients that are cut along `kind.dim`.
+    """
     stored: dict[Slot, list[Stored]] = {}
     for slot in kind.slots:
         names = kind.stored_names(slot)
         stored[slot] = [tuple(state[name] for name in names) for state in states]
     values = {slot: unpack(tensors, slot=slot) for slot, tensors in stored.items()}
+    split: dict[str, Any] = {}
+    if kind.dim is not None and kind.sum_ is not None:
+        split["split"] = Split(dim=kind.dim, lengths=lengths, sum_=kind.sum_)
     updates = RULES[group["rule"]].apply_(
         grads,
         states={slot.name: own.views for slot, own in values.items()},
@@ -49,6 +58,7 @@ def advance(
             momentum=group["momentum"],
             bias_correction=group["bias_correction"],
         ),
+        **split,
     )
     for slot, own in values.items():
         write_back_(stored[slot], values=own, slot=slot, generator=generator)
@@ -91,10 +101,15 @@ def _decay_(weights: list[Tensor], decay: float, factors: list[Tensor] | None) -
         torch._foreach_mul_(weights, [1 - decay * factor for factor in factors])
 
 
-def rate_factor(weight: Tensor, *, floor: float) -> Tensor:
-    """max(floor, rms of the weight), a float32 scalar."""
+def rate_factor(weight: Tensor, *, floor: float, view: ShardView | None = None) -> Tensor:
+    """max(floor, rms of the weight), a float32 scalar; `view` says of what the weight is a part."""
     size = torch.linalg.vector_norm(weight, dtype=torch.float32)
-    factor: Tensor = size.div_(math.sqrt(weight.numel())).clamp_(min=floor)
+    numel = weight.numel()
+    if view is not None and view.dim is not None:
+        square = size.square_()
+        view.sum_([square])
+        size, numel = square.sqrt_(), math.prod(view.shape)
+    factor: Tensor = size.div_(math.sqrt(numel)).clamp_(min=floor)
     return factor
 
 

@@ -11,8 +11,7 @@ that of torch's DistributedDataParallel (Li et al. 2020, arXiv 2006.15704) witho
 that the model's names and hooks stay as they are.
 
 A gradient that is kept as its projection (optim/projected_grad.py) travels as its small tensors, in
-ratio min(m, n) / r fewer bytes. Such a parameter must get a gradient on every rank: others cannot
-know the shapes of what it would have been.
+ratio min(m, n) / r fewer bytes; one that a rank did not use travels as zeros of the same shapes.
 
 Costs: a copy of each bucket in flight (large gradients are summed where they are), and one short
 message a step that says which parameters had gradients; it is read only where some had none.
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nibble.errors import PlacementError
-from nibble.optim import small_tensors
+from nibble.optim import absent_grad, small_tensors
 from nibble.optim.projected_grad import ProjectedGrad
 from nibble.place.group import Group
 
@@ -118,7 +117,7 @@ class Reducer:
         """Start the sum of a bucket."""
         for parameter in bucket.params:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = absent_grad(parameter)
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for part in (part for p in bucket.params for part in _parts(p)):
             kinds.setdefault(part.dtype, []).append(part)
