@@ -110,8 +110,12 @@ def _train(
                 report.note(f"going on from {found}")
             report.begin(first_step=state.step, max_steps=settings.max_steps)
             place.reset_memory()
-            loss = objective(
-                assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
+            loss = place.around(
+                objective(
+                    assembly.built.family,
+                    task=recipe.model.task,
+                    chunk=recipe.train.loss_chunk_tokens,
+                )
             )
             outcome = loop(
                 state,

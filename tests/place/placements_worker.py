@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nibble.data import Splits, prepare
+from nibble.optim.shards import FLAT
 from nibble.place import Group, Placement, placement
 from nibble.run import _load
 from nibble.spec.config import Recipe
@@ -25,7 +26,6 @@ from nibble.train.loop import loop
 from nibble.train.report import Report
 from nibble.use.assemble import assemble
 from nibble.use.objective import objective
-
 
 MORE: dict[str, dict[str, Any]] = {"stream": {"resident_blocks": 0}}
 """What makes a tiny model do what a large one does."""
@@ -63,7 +63,8 @@ def whole(tensor: Tensor, place: Placement, name: str) -> Tensor:
     if view.dim is None:
         return tensor.detach().clone()
     found = torch.zeros(view.shape)
-    found.narrow(view.dim, view.start, tensor.shape[view.dim]).copy_(tensor.detach())
+    there = found.view(-1) if view.dim == FLAT else found
+    there.narrow(view.dim, view.start, tensor.shape[view.dim]).copy_(tensor.detach())
     return place.sum(found)
 
 
@@ -73,7 +74,8 @@ def record_gradients(place: Any, kept: list[dict[str, Tensor]]) -> None:
 
     def recorded(parameters: Any, max_norm: float | None) -> Tensor:
         named = place.trained(place.model_of_test)
-        kept.append({n: whole(p.grad, place, n) for n, p in named.items() if p.grad is not None})
+        grads = {n: p if p.numel() == 0 else p.grad for n, p in named.items()}
+        kept.append({n: whole(g, place, n) for n, g in grads.items() if g is not None})
         return clip(parameters, max_norm)
 
     place.clip_ = recorded
@@ -84,9 +86,11 @@ def train(
 ) -> dict[str, Any]:
     """`steps` steps in all, going on with the checkpoint in `folder` if there is one."""
     words = json.loads(json.dumps(case["recipe"]))
-    words["place"] = {"device": "cpu", "kind": kind, **MORE.get(kind, {})}
+    words["place"] = {"device": "cpu", "kind": kind, **MORE.get(kind, {}), **case.get("place", {})}
     words["train"]["gradient_accumulation_steps"] = case["accumulation"] * 2 // group.world
     words["train"]["max_steps"] = steps
+    if kind == "single":
+        words["place"].pop("zero_stage", None)
     recipe = Recipe.model_validate(words)
     torch.manual_seed(0)
     place: Any = placement(recipe.place, group)
@@ -99,7 +103,7 @@ def train(
         checkpoints = Checkpoints(folder, keep=9)
         if folder.is_dir():
             checkpoints.resume(state)
-        loss = objective(assembly.built.family, task="causal-lm", chunk=64)
+        loss = place.around(objective(assembly.built.family, task="causal-lm", chunk=64))
         loop(
             state, place=place, objective=loss, settings=settings, report=report,
             checkpoints=checkpoints,

@@ -35,7 +35,7 @@ def start(
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "PYTHONPATH": str(here),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
         }
         words = [sys.executable, str(script), *map(str, arguments)]
         running.append(

@@ -207,7 +207,7 @@ class LoraLinear(nn.Module):
         bound = self.in_features**-0.5
         values = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=own)
         put(self.lora_A, values)
-        self.lora_B.zero_()
+        put(self.lora_B, values.new_zeros(self.out_features, self.rank))
 
     @torch.no_grad()
     def finish_loading_(self) -> None:

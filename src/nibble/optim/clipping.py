@@ -5,12 +5,13 @@
 as in torch.nn.utils.clip_grad_norm_ (arXiv 1211.5063), except that norm and factor are float32 for
 16-bit gradients too: a bfloat16 factor is off by up to 0.4 %. A few launches for any number of
 tensors. A norm that is not finite is returned as it is, and the gradients become NaN or 0 by it:
-the caller looks at the norm before it steps. It knows no ranks: the norm is of the tensors given.
+the caller looks at the norm before it steps. It knows no ranks: the norm is of the tensors given,
+and of those that `sum_` adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,15 +20,24 @@ _EPS = 1e-6
 
 
 @torch.no_grad()
-def clip_grad_norm_(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
+def clip_grad_norm_(
+    params: Iterable[Tensor],
+    max_norm: float | None,
+    *,
+    sum_: Callable[[Sequence[Tensor]], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Scale gradients in place to a joint 2-norm of at most `max_norm`; returns the norm before.
 
-    The norm is a float32 scalar on the first gradient's device (0 on the CPU if there is none).
+    `sum_`: adds tensors in place over all who hold other parts of the gradients. `device`: of the
+    norm where there is no gradient.
+
+    The norm is a float32 scalar on the first gradient's device (0 if there is none).
     None for `max_norm` measures only.
     """
     grads = [param.grad for param in params if param.grad is not None]
-    if not grads:
-        return torch.zeros(())
+    if not grads and sum_ is None:
+        return torch.zeros((), device=device)
     # foreach wants one device and dtype a call.
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
@@ -36,9 +46,16 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
         torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2, dtype=torch.float32)))
         for group in groups.values()
     ]
-    norm: Tensor = torch.linalg.vector_norm(
-        torch.stack([part.to(grads[0].device) for part in norms])
-    )
+    if grads:
+        norm: Tensor = torch.linalg.vector_norm(
+            torch.stack([part.to(grads[0].device) for part in norms])
+        )
+    else:
+        norm = torch.zeros((), device=device)
+    if sum_ is not None:
+        square = norm.square()
+        sum_([square])
+        norm = square.sqrt()
     if max_norm is not None:
         factor = (max_norm / (norm + _EPS)).clamp(max=1.0)
         for (device, _), group in groups.items():

@@ -22,7 +22,7 @@ from nibble.errors import ConfigError
 from nibble.optim.layerwise import layerwise_
 from nibble.optim.optimizer import Optimizer
 from nibble.optim.schedules import Schedule, num_warmup_steps
-from nibble.optim.shards import ShardView
+from nibble.optim.shards import FLAT, ShardView
 from nibble.spec.config import Optim
 from nibble.spec.lowrank import LowRank, low_rank_of
 from nibble.spec.methods import BIASES, EMBEDDINGS, group_values, low_rank, reasons
@@ -44,9 +44,9 @@ class GroupRule:
     required: bool = False
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def matches(self, name: str, param: nn.Parameter) -> bool:
+    def matches(self, name: str, num_dims: int) -> bool:
         """Whether this rule takes the parameter, if none before it did."""
-        fits = self.max_dims is None or param.dim() <= self.max_dims
+        fits = self.max_dims is None or num_dims <= self.max_dims
         return fits and re.search(self.pattern, name) is not None
 
 
@@ -96,10 +96,14 @@ class GroupSummary:
 
 
 def group_parameters(
-    named: Iterable[tuple[str, nn.Parameter]], *, rules: Sequence[GroupRule] = DEFAULT_RULES
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    rules: Sequence[GroupRule] = DEFAULT_RULES,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[dict[str, Any]]:
     """Param groups of the trainable parameters, in the order of the rules, empty ones left out.
 
+    `shapes`: of the whole tensors by name, where parameters are parts that may have fewer dims.
     Raises ConfigError for a parameter that no rule matches and a required rule that takes none.
     """
     groups: dict[str, list[nn.Parameter]] = {rule.name: [] for rule in rules}
@@ -107,7 +111,8 @@ def group_parameters(
         if not param.requires_grad:
             continue
         for rule in rules:
-            if rule.matches(name, param):
+            shape = param.shape if shapes is None else shapes[name]
+            if rule.matches(name, len(shape)):
                 groups[rule.name].append(param)
                 break
         else:
@@ -153,8 +158,9 @@ def build(
         name: views[name].shape if name in views else tuple(param.shape)
         for name, param in trained.items()
     }
-    groups = group_parameters(trained.items(), rules=_rules(optim, shapes))
-    split = {trained[name]: view for name, view in views.items() if view.dim is not None}
+    groups = group_parameters(trained.items(), rules=_rules(optim, shapes), shapes=shapes)
+    # What is cut as a line is stepped element by element and asks for no view.
+    split = {trained[n]: view for n, view in views.items() if view.dim not in (None, FLAT)}
     sharded: dict[str, Any] = {"views": split} if split else {}
     rule, codec = rule_and_codec(optim)
     optimizer = Optimizer(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import resource
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +27,9 @@ from nibble.optim.shards import ShardView
 from nibble.place.activations import Activations
 from nibble.place.group import Group
 from nibble.spec.config import Optim
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""From the model and a batch to the sum of its losses (use/objective.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,10 @@ class Placement(Protocol):
         """Which part of the trained parameter `name` lives here, and how to add over the others."""
         ...
 
+    def around(self, objective: Objective) -> Objective:
+        """The objective as it is computed here: a library may want to see each pass."""
+        ...
+
     def batch(self, batch: Batch) -> Batch:
         """The batch on this process's device."""
         ...
@@ -126,6 +133,12 @@ class Placement(Protocol):
 
     def clip_(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
         """Scale the gradients to a global norm of at most `max_norm`; returns the norm before."""
+        ...
+
+    def follow(self) -> None:
+        """Let what copies the trained parameters follow them. All processes must call it after each
+        step, made or skipped, and when the parameters were loaded.
+        """
         ...
 
     def sum(self, tensor: Tensor) -> Tensor:

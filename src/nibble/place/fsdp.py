@@ -29,7 +29,7 @@ beside it in the model joins its unit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -49,7 +49,7 @@ from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.optim.shards import ShardView
 from nibble.place.activations import Activations
 from nibble.place.group import Group, coalesced
-from nibble.place.shard_views import Part, cut, part, split_dim, storage_view
+from nibble.place.shard_views import Part, collected, cut, part, split_dim, storage_view
 from nibble.place.single import Single
 from nibble.spec.config import Optim, Place
 from nibble.spec.lowrank import LowRank
@@ -155,13 +155,13 @@ class Fsdp(Single):
     ) -> Sequence[Tensor]:
         """Put the own rows of a value where they belong; it comes whole or as `rows` says."""
         if isinstance(owner, QuantLinear) and leaf == "weight":
-            own = self._part(owner.get_parameter("codes"))
+            own = self._part(owner.stored()["codes"])
             if own is None:
                 return super()._fill(owner, leaf, name, value)
             dense = Part(shape=owner.shape, dim=0, start=own.start, length=own.length)
             mine = cut(value, dense, name=name)
             if own.length:
-                _local_linear(owner, own.length).load_(mine)
+                _local_linear(owner, own).load_(mine)
             return list(owner.stored().values())
         held = owner._parameters.get(leaf)
         own = None if held is None else self._part(held)
@@ -192,8 +192,10 @@ class Fsdp(Single):
             whole_a: Tensor = adapter.lora_A
             if isinstance(whole_a, DTensor):
                 whole_a = whole_a.full_tensor()
-            if _local(adapter.lora_B).shape[0]:
-                yield _local_adapter(adapter, whole_a)
+            own = self._part(adapter.lora_B)
+            assert own is not None
+            if own.length:
+                yield _local_adapter(adapter, whole_a, own)
 
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The own parts of the parameters that learn, by the model's names; tied ones once."""
@@ -267,29 +269,7 @@ class Fsdp(Single):
             return super().whole(own, None, sizes)
         if self.rank >= self._num_parts:
             return None  # another copy of the same
-        mine = own.detach().cpu().contiguous()
-        with self.group.during("a tensor of the checkpoint"):
-            if self.rank > 0:
-                if mine.numel():
-                    dist.send(_bytes(mine), dst=0)
-                return None
-            shape = list(mine.shape)
-            shape[dim] = sum(sizes)
-            found = torch.empty(shape, dtype=mine.dtype)
-            start = 0
-            for rank, size in enumerate(sizes):
-                target = found.narrow(dim, start, size)
-                start += size
-                if rank == 0:
-                    target.copy_(mine)
-                elif target.numel():
-                    held = (
-                        target if target.is_contiguous() else torch.empty_like(target).contiguous()
-                    )
-                    dist.recv(_bytes(held), src=rank)
-                    if held is not target:
-                        target.copy_(held)
-        return found
+        return collected(self.group, own, dim, sizes)
 
 
 CLIP_EPS = 1e-6
@@ -363,36 +343,34 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _local_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    return {
-        name: None if held is None else nn.Parameter(_local(held), requires_grad=False)
-        for name, held in module._parameters.items()
-    }
-
-
-def _local_linear(linear: nn.Module, num_rows: int) -> nn.Module:
+def _local_linear(linear: Any, own: Part) -> Any:
     """A linear of the own rows that shares their memory: it packs and unpacks as the whole does."""
     twin = copy.copy(linear)
-    twin._parameters = dict(_local_parameters(linear))
-    twin.out_features = num_rows  # type: ignore[assignment]
+    twin._parameters = {
+        name: None if held is None else nn.Parameter(_own_rows(held, own), requires_grad=False)
+        for name, held in linear._parameters.items()
+    }
+    twin.out_features = own.length
     return twin
 
 
-def _local_adapter(adapter: LoraLinear, whole_a: Tensor) -> LoraLinear:
+def _own_rows(held: Tensor, own: Part) -> Tensor:
+    """The own rows of a parameter that is sharded, or whole here."""
+    return _local(held) if isinstance(held, DTensor) else held.detach()[own.rows]
+
+
+def _local_adapter(adapter: LoraLinear, whole_a: Tensor, own: Part) -> LoraLinear:
     """An adapter of the own rows that shares their memory, but for A."""
     twin = copy.copy(adapter)
-    num_rows = _local(adapter.lora_B).shape[0]
-    twin._parameters = dict(_local_parameters(adapter))
+    twin._parameters = {
+        name: None if held is None else nn.Parameter(_own_rows(held, own), requires_grad=False)
+        for name, held in adapter._parameters.items()
+        if name != "lora_A"
+    }
     twin._parameters["lora_A"] = nn.Parameter(whole_a, requires_grad=False)
-    twin.out_features = num_rows
-    base = _local_linear(adapter.base, num_rows)
-    twin._modules = {**adapter._modules, "base": base}
+    twin.out_features = own.length
+    twin._modules = {**adapter._modules, "base": _local_linear(adapter.base, own)}
     return twin
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, whatever its type."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nibble.errors import WeightError
 from nibble.nn.quant import PackedWeight
 from nibble.optim.shards import ShardView
+from nibble.place.group import Group
 from nibble.spec.lowrank import LowRank
 
 SHARDS_INTEGERS = torch.__version__ >= (2, 12)  # type: ignore[operator]
@@ -94,6 +96,38 @@ def cut(value: Tensor | PackedWeight, own: Part, *, name: str) -> Tensor | Packe
         f"{name} has shape {found} in the checkpoint and {list(own.shape)} in the model: "
         "config.json is of another model"
     )
+
+
+def collected(group: Group, own: Tensor, dim: int, sizes: Sequence[int]) -> Tensor | None:
+    """All of a tensor, cut along `dim` into parts `sizes` long on the first ranks, in host memory
+    of rank 0; None on the others. Those that hold a part must all call it.
+    """
+    mine = own.detach().cpu().contiguous()
+    with group.during("a tensor of the checkpoint"):
+        if group.rank > 0:
+            if mine.numel():
+                dist.send(_bytes(mine), dst=0)
+            return None
+        shape = list(mine.shape)
+        shape[dim] = sum(sizes)
+        found = torch.empty(shape, dtype=mine.dtype)
+        start = 0
+        for rank, size in enumerate(sizes):
+            target = found.narrow(dim, start, size)
+            start += size
+            if rank == 0:
+                target.copy_(mine)
+            elif target.numel():
+                held = target if target.is_contiguous() else torch.empty_like(target).contiguous()
+                dist.recv(_bytes(held), src=rank)
+                if held is not target:
+                    target.copy_(held)
+    return found
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, whatever its type."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_whole(view: ShardView) -> bool:

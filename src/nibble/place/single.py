@@ -27,7 +27,7 @@ from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.optim import clip_grad_norm_
 from nibble.optim.shards import ShardView, whole
 from nibble.place.activations import Activations, Checkpointed, checkpoint_
-from nibble.place.base import Memory, host_peak_bytes
+from nibble.place.base import Memory, Objective, host_peak_bytes
 from nibble.place.devices import cap_vram, pick_device
 from nibble.place.group import Group
 from nibble.place.reduce import Reducer, agree_
@@ -166,6 +166,10 @@ class Single:
         """All of it."""
         return self._views[name]
 
+    def around(self, objective: Objective) -> Objective:
+        """The objective itself."""
+        return objective
+
     def batch(self, batch: Batch) -> Batch:
         """The batch on the device, copied without waiting."""
         if self.device.type == "cpu":
@@ -192,6 +196,9 @@ class Single:
         fp32.
         """
         return clip_grad_norm_(parameters, max_norm=max_norm)
+
+    def follow(self) -> None:
+        """Nothing: what is trained are the model's parameters themselves, or share their memory."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -269,12 +269,14 @@ def load_trained(
             if view is not None and dim is not None:
                 rows = rows_of(view, parameter.shape[dim])
             parameter.copy_(file.read(name, dim, rows))
+    if place is not None:
+        place.follow()
 
 
 def _write_trained(folder: Path, state: TrainState) -> None:
     place = state.place
     pieces = {
-        name: Piece(tensor=p.detach(), dim=None if place is None else place.view(name).dim)
+        name: Piece.of(p.detach(), None if place is None else place.view(name))
         for name, p in state.trained().items()
     }
     write_whole(folder / TRAINED, pieces, place)

@@ -175,6 +175,7 @@ class _Run:
         if not skipped:
             state.optimizer.step()
             state.schedule.step()
+        self.place.follow()
         state.optimizer.zero_grad(set_to_none=True)
         scaler.update(finite=not skipped)
         state.step += 1

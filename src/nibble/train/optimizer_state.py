@@ -21,10 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from nibble.errors import CheckpointError
-from nibble.optim.shards import ShardView
+from nibble.optim import Optimizer
+from nibble.optim.shards import FLAT, ShardView
+from nibble.place.base import Placement
 from nibble.spec.state import stored_as
 from nibble.train.state import TrainState
-from nibble.train.whole import ABSMAX, CODES, SIGNED, Piece, WholeFile, rows_of, write_whole
+from nibble.train.whole import (
+    ABSMAX,
+    CODES,
+    SIGNED,
+    Piece,
+    WholeFile,
+    in_one_codec,
+    rows_of,
+    write_whole,
+)
 
 TENSORS, NUMBERS = "optimizer.safetensors", "optimizer.json"
 Number = int | float | bool | str | None
@@ -37,10 +48,20 @@ def write_optimizer(folder: Path, state: TrainState) -> None:
     states: dict[str, dict[str, Number]] = {}
     for parameter, kept in _states(state.optimizer):
         name = names[id(parameter)]
+        view = None if state.place is None else state.place.view(name)
         dims = split_dims(state, name, {k: tuple(t.shape) for k, t in _tensors(kept).items()})
         for key, tensor in _tensors(kept).items():
-            pieces[f"{name}/{key}"] = Piece(tensor=tensor, dim=dims.get(key))
+            dim = dims.get(key)
+            shape = view.shape if view is not None and dim == FLAT else None
+            pieces[f"{name}/{key}"] = Piece(tensor=tensor, dim=dim, shape=shape)
         states[name] = {k: None if isinstance(v, Tensor) else v for k, v in kept.items()}
+    for decoded in in_one_codec(pieces, state.place):
+        name, _, slot = decoded.rpartition("/")
+        kept_keys = [key for key in states[name] if key != f"{slot}{ABSMAX}"]
+        states[name] = {
+            slot if key == f"{slot}{CODES}" else key: states[name][key] for key in kept_keys
+        }
+    pieces, states = _with_empty_parts(pieces, states, state.place)
     sizes = write_whole(folder / TENSORS, pieces, state.place)
     if state.place is not None and state.place.rank > 0:
         return
@@ -51,6 +72,29 @@ def write_optimizer(folder: Path, state: TrainState) -> None:
     cuts = {name: parts for name, parts in sizes.items() if name.endswith(CODES)}
     text = {"groups": groups, "states": states, "sizes": cuts}
     (folder / NUMBERS).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+
+def _with_empty_parts(
+    pieces: Mapping[str, Piece],
+    states: Mapping[str, dict[str, Number]],
+    place: Placement | None,
+) -> tuple[dict[str, Piece], dict[str, dict[str, Number]]]:
+    """What any process has, in one order: who has an empty part of a tensor has no state of it."""
+    if place is None or place.num_parts == 1:
+        return dict(pieces), dict(states)
+    mine = {
+        name: (tuple(piece.tensor.shape), piece.tensor.dtype, piece.dim, piece.shape)
+        for name, piece in pieces.items()
+    }
+    every = place.group.gather((mine, dict(states)), "what there is of optimiser state")
+    found, numbers = dict(pieces), dict(states)
+    for described, theirs in every[: place.num_parts]:
+        numbers = {**theirs, **numbers}
+        for name, (shape, dtype, dim, whole) in described.items():
+            if name not in found and dim is not None:
+                cut = [0 if index == dim % len(shape) else n for index, n in enumerate(shape)]
+                found[name] = Piece(tensor=torch.empty(cut, dtype=dtype), dim=dim, shape=whole)
+    return {name: found[name] for name in sorted(found)}, numbers
 
 
 def read_optimizer(folder: Path, state: TrainState) -> None:
@@ -110,13 +154,17 @@ def _read_state(
         shape, dim = shapes[key], dims.get(key)
         rows = None
         if dim is not None and view is not None and view.dim is not None:
-            rows = rows_of(view, own.shape[view.dim])
+            # A projected stack of matrices has as many rows as all of them together.
+            times = 1 if dim == FLAT else shape[dim] // view.shape[view.dim]
+            kept = rows_of(view, own.shape[view.dim])
+            rows = slice(kept.start * times, kept.stop * times)
         if not is_8bit or slot not in SIGNED:
             found[key] = file.read(f"{name}/{key}", dim, rows)
             continue
         numel = torch.Size(shape).numel()
         if dim is not None and rows is not None:
-            numel = numel // max(1, shape[dim]) * (rows.stop - rows.start)
+            along = numel if dim == FLAT else shape[dim]
+            numel = numel // max(1, along) * (rows.stop - rows.start)
         as_8bit = stored_as("8bit", numel) == "8bit"
         found |= file.read_slot(f"{name}/{slot}", dim, rows, as_8bit=as_8bit)
     return found
@@ -129,22 +177,12 @@ def split_dims(
     view: ShardView | None = None if state.place is None else state.place.view(name)
     if view is None or view.dim is None:
         return {}
-    local = tuple(state.trained()[name].shape)
-    dims: dict[str, int | None] = {}
-    for key, shape in shapes.items():
-        slot = key.removesuffix(CODES)
-        if key.endswith(ABSMAX):
-            dims[key] = 0
-        elif shape in (local, view.shape):
-            dims[key] = view.dim
-        elif slot.endswith("_row"):
-            dims[key] = view.dim if view.dim < len(local) - 1 else None
-        elif slot.endswith("_col"):
-            skipped = len(local) - 2
-            dims[key] = None if view.dim == skipped else view.dim - (view.dim > skipped)
-        else:
-            dims[key] = None
-    return dims
+    own = state.trained()[name]
+    if isinstance(state.optimizer, Optimizer):
+        dims = state.optimizer.split_dims(own)
+        return {key: dims.get(key) for key in shapes}
+    alike = (tuple(own.shape), view.shape)
+    return {key: view.dim if shape in alike else None for key, shape in shapes.items()}
 
 
 def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nibble.errors import CheckpointError
 from nibble.numerics import codec8
-from nibble.optim.shards import ShardView
+from nibble.optim.shards import FLAT, ShardView
 from nibble.place.base import Placement
 from nibble.spec.state import BLOCK, RULES
 from nibble.weights.files import Shape, write_in_turn
@@ -37,10 +37,20 @@ SIGNED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What lives here of a tensor, cut along `dim` (None: all of it, the same everywhere)."""
+    """What lives here of a tensor, cut along `dim` (None: all of it, the same everywhere). `shape`:
+    of the whole, which a part that is cut as a line does not show.
+    """
 
     tensor: Tensor
     dim: int | None = None
+    shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor, view: ShardView | None) -> Piece:
+        """A part of a trained tensor, as it is cut."""
+        if view is None or view.dim is None:
+            return cls(tensor=tensor)
+        return cls(tensor=tensor, dim=view.dim, shape=view.shape if view.dim == FLAT else None)
 
 
 def write_whole(
@@ -78,7 +88,8 @@ def write_whole(
 def _collected(piece: Piece, sizes: Sequence[int], place: Placement | None) -> Tensor | None:
     if place is None:
         return piece.tensor.detach().cpu()
-    return place.whole(piece.tensor, piece.dim, sizes)
+    whole = place.whole(piece.tensor, piece.dim, sizes)
+    return whole if whole is None or piece.shape is None else whole.view(piece.shape)
 
 
 def _sizes(pieces: Mapping[str, Piece], place: Placement | None) -> dict[str, list[int]]:
@@ -93,10 +104,30 @@ def _sizes(pieces: Mapping[str, Piece], place: Placement | None) -> dict[str, li
 
 
 def _whole_shape(piece: Piece, sizes: Sequence[int] | None) -> Shape:
+    if piece.shape is not None:
+        return Shape(shape=piece.shape, dtype=piece.tensor.dtype)
     shape = list(piece.tensor.shape)
     if piece.dim is not None and sizes is not None:
         shape[piece.dim] = sum(sizes)
     return Shape(shape=tuple(shape), dtype=piece.tensor.dtype)
+
+
+def in_one_codec(pieces: dict[str, Piece], place: Placement | None) -> list[str]:
+    """Decode, in place, 8-bit states whose other parts are fp32, being too small for 8 bits.
+
+    Returns the names (`PARAMETER/SLOT`) of what was decoded here.
+    """
+    if place is None or place.num_parts == 1:
+        return []
+    coded = {name.removesuffix(CODES) for name in pieces if name.endswith(CODES)}
+    plain = {name for name in pieces if name.rpartition("/")[2] in SIGNED}
+    every = place.group.gather((coded, plain), "the codecs of optimiser state")
+    mixed = coded & set().union(*(theirs for _, theirs in every))
+    for name in sorted(mixed):
+        codes, absmax = pieces.pop(f"{name}{CODES}"), pieces.pop(f"{name}{ABSMAX}")
+        values = _decoded(codes.tensor.cpu(), absmax.tensor.cpu(), name.rpartition("/")[2])
+        pieces[name] = Piece(tensor=values, dim=codes.dim, shape=codes.shape)
+    return sorted(mixed)
 
 
 class WholeFile:
@@ -128,6 +159,8 @@ class WholeFile:
             raise self._damaged(error) from None
 
     def _slice(self, name: str, dim: int, rows: slice) -> Tensor:
+        if dim == FLAT:
+            return self._line(name, rows)
         if rows.start == rows.stop:
             shape = list(self.shape(name))
             shape[dim] = 0
@@ -135,6 +168,17 @@ class WholeFile:
         index = (*(slice(None),) * dim, rows)
         found: Tensor = self._file.get_slice(name)[index]
         return found
+
+    def _line(self, name: str, rows: slice) -> Tensor:
+        """A range of a tensor's numbers in a line, from the rows that it lies in."""
+        shape = self.shape(name)
+        if not shape:
+            whole: Tensor = self._file.get_tensor(name)
+            return whole.view(-1)[rows]
+        width = max(1, prod(shape[1:]))
+        first, last = rows.start // width, -(-rows.stop // width)
+        found: Tensor = self._slice(name, 0, slice(first, last)).reshape(-1)
+        return found[rows.start - first * width : rows.stop - first * width]
 
     def read_slot(
         self, name: str, dim: int | None, rows: slice | None, *, as_8bit: bool
@@ -157,6 +201,8 @@ class WholeFile:
             values = _decoded(codes, absmax, slot)
             kept = slice(part.first - part.start, part.last - part.start)
             found.append(values if dim is None else values[(*(slice(None),) * dim, kept)])
+        if not found:  # no index lives here
+            found = [self.read(f"{name}{CODES}", dim, slice(0, 0)).float()]
         values = found[0] if len(found) == 1 else torch.cat(found, dim=dim or 0)
         if not as_8bit:
             return {slot: values}
