@@ -53,7 +53,7 @@ def placement(place: Place, group: Group, *, optim: Optim | None = None) -> Plac
 
 def _kind(place: Place, group: Group) -> str:
     """What `auto` means: a copy on each device; and what one process means."""
-    if place.kind == "fsdp" and group.world == 1:
+    if place.kind in ("fsdp", "deepspeed") and group.world == 1:
         return "single"  # nothing to share out
     if place.kind != "auto":
         return place.kind
