@@ -39,7 +39,7 @@ def whole(tensor: Tensor, place: Any, name: str) -> Tensor:
     """All of a trained tensor of which a part lives here."""
     view = place.view(name)
     if view.dim is None:
-        return tensor.detach().clone()
+        return tensor.detach().cpu().clone()
     found = torch.zeros(view.shape)
     if place.rank < place.num_parts:
         found.narrow(view.dim, view.start, tensor.shape[view.dim]).copy_(tensor.detach())
@@ -66,9 +66,9 @@ def packed_bytes(model: Any, place: Any) -> dict[str, Tensor]:
             local = getattr(held, "_local_tensor", held).detach().contiguous()
             mine = local.view(torch.uint8)
             if local is held.detach() or place.num_parts == 1 or local.shape == held.shape:
-                found[f"{name}.{key}"] = mine.clone()
+                found[f"{name}.{key}"] = mine.cpu().clone()
                 continue
-            sizes = [part.shape[0] for part in place.group.gather(mine)[: place.num_parts]]
+            sizes = [part.shape[0] for part in place.group.gather(mine.cpu())[: place.num_parts]]
             collected = place.whole(mine, 0, sizes)
             if collected is not None:
                 found[f"{name}.{key}"] = collected
@@ -106,9 +106,10 @@ def train(
 ) -> dict[str, Any]:
     """What a run of `steps` steps in all sees, going on with the checkpoint in `folder`."""
     words = json.loads(json.dumps(case["recipe"]))
-    words["place"] = {"device": "cpu", "kind": "fsdp", "timeout_s": 60, **case.get("place", {})}
+    device = group.device.type
+    words["place"] = {"device": device, "kind": "fsdp", "timeout_s": 60, **case.get("place", {})}
     if group.world == 1:
-        words["place"] = {"device": "cpu", "kind": "single"}
+        words["place"] = {"device": device, "kind": "single"}
     words["train"]["gradient_accumulation_steps"] = case["passes"] // group.world
     words["train"]["max_steps"] = steps or case["steps"]
     recipe = Recipe.model_validate(words)
@@ -176,7 +177,7 @@ def run_case(
     case: dict[str, Any], group: Group, root: Path, splits: Splits, found: dict[str, Any]
 ) -> None:
     """A case with all processes; alone too, where it is to be compared (by one of them)."""
-    alone = Group.alone(torch.device("cpu"))
+    alone = Group.alone(group.device)
     name = case["name"]
     own = root / f"{name}-{group.world}"
     start = case.get("start")
