@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nibble.errors import ConfigError, PlacementError
+from nibble.errors import PlacementError
 from nibble.place import PLACEMENTS, Group, placement, resolved
 from nibble.place.single import Single
 from nibble.spec.config import Place, Recipe
@@ -37,8 +37,3 @@ def test_every_word_of_a_recipe_has_a_class() -> None:
 def test_one_process_is_not_two(kind: str) -> None:
     with pytest.raises(PlacementError, match=f"place.kind={kind} is one process, but 2 were"):
         placement(Place.model_validate({"kind": kind}), TWO)
-
-
-def test_deepspeed_names_what_to_use() -> None:
-    with pytest.raises(ConfigError, match=r"deepspeed with place\.zero_stage=2 .* use place\.kind"):
-        placement(Place(kind="deepspeed", zero_stage=2), TWO)

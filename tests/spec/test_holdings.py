@@ -10,7 +10,7 @@ import pytest
 
 from nibble.errors import PlanError
 from nibble.spec.arch import Architecture, architecture
-from nibble.spec.config import Model, Recipe
+from nibble.spec.config import Model, Place, Quant, Recipe
 from nibble.spec.decide import decide
 from nibble.spec.hardware import hardware
 from nibble.spec.holdings import Devices, Holding, holding
@@ -75,6 +75,22 @@ def test_shards_add_up_to_the_whole(shape: Architecture) -> None:
         recipe("fsdp", shard="hybrid", shard_group=2), shape, Devices(per_machine=2, machines=4)
     )
     assert hybrid.base_codes == two.base_codes
+
+
+def test_zero_shares_out_fp32_copies(shape: Architecture) -> None:
+    words = recipe("deepspeed").model_copy(update={"quant": Quant()})
+    two, three = (
+        held(words.model_copy(update={"place": words.place.model_copy(update={"zero_stage": n})}),
+             shape, TWO)
+        for n in (2, 3)
+    )  # fmt: skip
+    stock = inventory(words, shape)
+    assert two.gradients == three.gradients == 2 * stock.num_trainable, "fp32, half on each"
+    assert two.base_weights == 2 * three.base_weights == stock.base_weights_bytes
+    assert two.trained_weights - stock.trained_bytes == 2 * stock.num_trainable
+    assert 2 * three.optimizer_state == stock.optimizer_bytes
+    alone = held(words, shape, Devices())
+    assert alone == held(words.model_copy(update={"place": Place()}), shape, Devices())
 
 
 def test_streamed_blocks_are_once_in_the_machine(shape: Architecture) -> None:

@@ -222,6 +222,13 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "deepspeed with a quantised base": (
         [LORA, QUANT, {"place": {"kind": "deepspeed"}}],
         ["place.kind=deepspeed", "quant.format=nf4", "place.kind=fsdp"]),
+    "deepspeed with an optimiser of matrices": (
+        [{"place": {"kind": "deepspeed"}, "optim": {"name": "adafactor"}}],
+        ["place.kind=deepspeed", "optim.name=adafactor", "adamw, lion or sgd", "place.kind=fsdp"]),
+    "deepspeed with factors": (
+        [{"place": {"kind": "deepspeed"}, "adapter": {"kind": "factorised"},
+          "model": {"from_scratch": True}}],
+        ["place.kind=deepspeed", "adapter.kind=factorised", "place.zero_stage=2"]),
 }  # fmt: skip
 
 
@@ -251,6 +258,12 @@ def test_a_contradiction_is_refused(name: str) -> None:
          ["data.train[0].template has no effect", "messages"]),
         ([{"data": {"train": [{"path": "a", "format": "alpaca", "template": "x"}]}}],
          ["data.train[0].template has no {column}"]),
+        ([{"place": {"kind": "deepspeed"}, "optim": {"name": "adamw8bit"}}],
+         ["optim.name=adamw8bit", "place.kind=deepspeed"]),
+        ([{"place": {"kind": "deepspeed"}, "optim": {"state": "8bit"}}], ["optim.state=8bit"]),
+        ([{"place": {"kind": "deepspeed"}, "optim": {"method": "galore"}}],
+         ["optim.method=galore", "place.kind=fsdp"]),
+        ([{"place": {"kind": "deepspeed"}, "optim": {"rank": 4}}], ["optim.rank"]),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_meant(parts: list[dict[str, Any]], needed: list[str]) -> None:

@@ -46,10 +46,9 @@ from nibble.place.group import Group
 from nibble.place.shard_views import collected
 from nibble.place.single import Single
 from nibble.spec.config import Place
+from nibble.spec.holdings import GATHERED_BLOCKS, ZERO_BUCKET_NUMEL
 
 EXTRA = 'pip install "nibble[deepspeed]"'
-BUCKET_NUMEL = 50_000_000
-"""Gradients that are summed together; a buffer of so many fp32 values stays allocated."""
 
 
 class DeepSpeed(Single):
@@ -64,6 +63,8 @@ class DeepSpeed(Single):
         self._whole: dict[str, nn.Parameter] = {}
         self._units: list[tuple[nn.Module, list[nn.Parameter]]] = []
         self._has_gradients = False
+        self._largest = 0
+        """Numbers in the largest block."""
 
     @property
     def num_parts(self) -> int:
@@ -87,10 +88,14 @@ class DeepSpeed(Single):
 
     def _allocate(self, built: Built) -> None:
         """Storage for the model; in stage 3 one block is whole at a time."""
+        model = built.model
+        sizes = [
+            sum(p.numel() for p in block.parameters()) for _, block in built.family.blocks(model)
+        ]
+        self._largest = max(sizes, default=0)
         if self._stage < 3:
             super()._allocate(built)
             return
-        model = built.model
         ties = find_ties(model)
         partition = partial(self._library.zero.Init, config_dict_or_path=self._words())
         for _, block in built.family.blocks(model):
@@ -105,6 +110,7 @@ class DeepSpeed(Single):
 
     def _words(self) -> dict[str, Any]:
         """The library's configuration."""
+        num_trained = sum(_shape(p).numel() for p in self._whole.values())
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -114,9 +120,14 @@ class DeepSpeed(Single):
             "steps_per_print": None,
             "zero_optimization": {
                 "stage": self._stage,
-                "reduce_bucket_size": BUCKET_NUMEL,
+                # A buffer of so many fp32 values stays allocated.
+                "reduce_bucket_size": min(max(num_trained, 1), ZERO_BUCKET_NUMEL),
                 # It would replace torch's own linear for the whole process.
                 "memory_efficient_linear": False,
+                # The next block comes while one computes, and none stays.
+                "stage3_prefetch_bucket_size": self._largest,
+                "stage3_max_live_parameters": GATHERED_BLOCKS * self._largest,
+                "stage3_max_reuse_distance": 0,
                 "stage3_param_persistence_threshold": 0,
             },
         }
@@ -167,7 +178,7 @@ class DeepSpeed(Single):
                 piece, start = self._piece(parameter)
                 self._trained[name] = nn.Parameter(piece)
                 self._views[name] = ShardView(
-                    shape=_shape(parameter), dim=FLAT, start=start, sum_=self._sum_parts
+                    shape=tuple(_shape(parameter)), dim=FLAT, start=start, sum_=self._sum_parts
                 )
         return dict(self._trained)
 
@@ -314,9 +325,9 @@ class _Idle(torch.optim.Optimizer):
         del closure
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def _shape(parameter: nn.Parameter) -> torch.Size:
     """The whole shape of a parameter that may be partitioned."""
-    return tuple(vars(parameter).get("ds_shape", parameter.shape))
+    return torch.Size(vars(parameter).get("ds_shape", parameter.shape))
 
 
 def _library(group: Group) -> Any:

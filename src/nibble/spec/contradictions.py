@@ -50,6 +50,17 @@ def _needs_whole_gradients(r: Recipe) -> str:
     return f"optim.basis={low.basis}" if low.basis in ("svd", "seeded") else ""
 
 
+def _beyond_elements(r: Recipe) -> str:
+    """What makes the optimiser look beyond single numbers, or an empty string."""
+    if projects(r):
+        return "optim.rank" if r.optim.method == "none" else f"optim.method={r.optim.method}"
+    if r.optim.layerwise:
+        return "optim.layerwise"
+    if r.optim.name not in ("adamw", "lion", "sgd"):
+        return f"optim.name={r.optim.name}"
+    return "optim.state=8bit" if r.optim.state == "8bit" else ""
+
+
 CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
         name="quantised base, nothing to train",
@@ -275,6 +286,27 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         message=lambda r: (
             f"place.kind=deepspeed with quant.format={r.quant.format}: ZeRO shards 16-bit "
             "weights; use place.kind=fsdp or stream"
+        ),
+    ),
+    Contradiction(
+        name="deepspeed with an optimiser of matrices",
+        holds=lambda r: r.place.kind == "deepspeed" and bool(_beyond_elements(r)),
+        message=lambda r: (
+            f"place.kind=deepspeed with {_beyond_elements(r)}: deepspeed keeps ranges of numbers, "
+            "and it looks at rows, columns or blocks of them; use adamw, lion or sgd with 32- or "
+            "16-bit states, or place.kind=fsdp"
+        ),
+    ),
+    Contradiction(
+        name="deepspeed with factors",
+        holds=lambda r: (
+            r.place.kind == "deepspeed"
+            and r.place.zero_stage == 3
+            and r.adapter.kind == "factorised"
+        ),
+        message=lambda r: (
+            "place.kind=deepspeed with adapter.kind=factorised: random factors are not made in "
+            "pieces; use place.zero_stage=2, or place.kind=ddp"
         ),
     ),
 )

@@ -5,7 +5,8 @@
                        moment: the one at work and the next, twice each while it is copied together
     stream             what is trained, what is outside of the blocks, the resident blocks and the
                        ring on each device; the other blocks once in the machine's memory
-    deepspeed          gradients and optimiser state shared out (2), the weights too (3)
+    deepspeed          fp32 gradients, fp32 copies of what is trained and optimiser state shared
+                       out (2), the weights too (3)
 
 Bytes come from `inventory.py`; here they are only shared out. `resident_blocks` and `keep_blocks`
 that are `auto` are counted as 0 until the plan has decided them. What is gathered at the moment is
@@ -22,6 +23,8 @@ from nibble.spec.inventory import Inventory
 GATHERED_BLOCKS = 3
 """Alive at once under fsdp: the block at work, and the next one gathered and being cut into
 tensors."""
+ZERO_BUCKET_NUMEL = 50_000_000
+"""Gradients that deepspeed sums together, in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +76,16 @@ def holding(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
         return _sharded(recipe, stock, devices)
     if kind == "stream":
         return _streamed(recipe, stock, devices)
-    total = devices.total if kind == "deepspeed" else 1
-    weights = total if recipe.place.zero_stage == 3 else 1
+    if kind == "deepspeed" and devices.total > 1:
+        return _zero(recipe, stock, devices)
     return Holding(
         base_codes=stock.base_codes_bytes,
         base_scales=stock.base_scales_bytes,
-        base_weights=_share(stock.base_weights_bytes, weights),
-        trained_weights=_share(stock.trained_bytes, weights),
-        gradients=_share(stock.gradient_bytes, total),
-        optimizer_state=_share(stock.optimizer_bytes, total),
-        moving=GATHERED_BLOCKS * _largest_block(stock) if weights > 1 else 0,
+        base_weights=stock.base_weights_bytes,
+        trained_weights=stock.trained_bytes,
+        gradients=stock.gradient_bytes,
+        optimizer_state=stock.optimizer_bytes,
+        moving=0,
         streamed=0,
         num_processes=1 if kind == "dp" else devices.per_machine,
     )
@@ -116,6 +119,28 @@ def _sharded(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
         gradients=_share(stock.gradient_bytes, group),
         optimizer_state=_share(stock.optimizer_bytes, group),
         moving=min(gathered, blocks) + outside if group > 1 else 0,
+        streamed=0,
+        num_processes=devices.per_machine,
+    )
+
+
+def _zero(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
+    """By deepspeed, which does not ask in which type things are trained."""
+    total = devices.total
+    weights = total if recipe.place.zero_stage == 3 else 1
+    in_fp32 = _share(4 * stock.num_trainable, total)
+    blocks = sum(stock.base_by_block) + sum(stock.trained_by_block)
+    outside = stock.base_bytes + stock.trained_bytes - blocks
+    gathered = min(GATHERED_BLOCKS * _largest_block(stock), blocks) + outside
+    bucket = 4 * min(stock.num_trainable, ZERO_BUCKET_NUMEL)
+    return Holding(
+        base_codes=stock.base_codes_bytes,
+        base_scales=stock.base_scales_bytes,
+        base_weights=_share(stock.base_weights_bytes, weights),
+        trained_weights=_share(stock.trained_bytes, weights) + in_fp32,
+        gradients=in_fp32,
+        optimizer_state=_share(stock.optimizer_bytes, total),
+        moving=(gathered if weights > 1 else 0) + bucket,
         streamed=0,
         num_processes=devices.per_machine,
     )
