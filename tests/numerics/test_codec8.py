@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from torch import Tensor
 
 from nibble.numerics import codec8
-from nibble.numerics.rounding import stochastic_bfloat16
+from nibble.numerics.rounding import random_bits, stochastic_bfloat16, uniform
 from nibble.spec.state import BLOCK, state_nbytes
 
 
@@ -48,7 +51,7 @@ def test_codes_equal_bitsandbytes(signed: bool, numel: int) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_table_search_is_exact(signed: bool) -> None:
-    _, edges = codec8._tables(signed, torch.device("cpu"))
+    _, edges = codec8.tables(signed, torch.device("cpu"))
     near = torch.cat([edges, torch.nextafter(edges, edges + 1), torch.nextafter(edges, edges - 1)])
     noise = moments(100_000, signed=True)
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, float("inf"), float("nan")])
@@ -124,15 +127,37 @@ def test_stochastic_rounding_is_unbiased_and_repeatable(signed: bool) -> None:
     assert abs(nearest.mean() - 0.3) > abs(back.mean() - 0.3)
 
 
+def rounded_at_random(x: Tensor, key: tuple[int, int] = (5, 7)) -> Tensor:
+    numbers = torch.arange(x.numel(), dtype=torch.int32).view(x.shape)
+    return stochastic_bfloat16(x, bits=random_bits(numbers, key=key))
+
+
+def test_random_bits_are_uniform_and_unrelated() -> None:
+    numbers = torch.arange(1 << 18, dtype=torch.int32)
+    words = [random_bits(numbers, key=key) for key in ((0, 0), (0, 1), (1, 0), (-7, 2**31 - 1))]
+    for word in words:
+        u = uniform(word)
+        assert (u >= 0).all() and (u < 1).all()
+        # Five standard errors: mean 1/2, variance 1/12, no correlation with the next element.
+        assert abs(u.mean() - 0.5) < 5 * (1 / 12 / len(u)) ** 0.5
+        for lag in (1, 2, 256):
+            both = (u[lag:] - 0.5) * (u[:-lag] - 0.5)
+            assert abs(both.mean()) < 5 / 12 / len(u) ** 0.5
+        counts = torch.bincount((word >> 16) & 0xFFFF, minlength=1 << 16).float()
+        assert ((counts - 4).square() / 4).sum() == pytest.approx(1 << 16, rel=0.05)
+    for one, other in itertools.combinations(words, 2):
+        both = (uniform(one) - 0.5) * (uniform(other) - 0.5)
+        assert abs(both.mean()) < 5 / 12 / len(both) ** 0.5
+
+
 def test_stochastic_bfloat16() -> None:
-    generator = torch.Generator().manual_seed(0)
     x = torch.full((100_000,), 1.0 + 1 / 512)  # a quarter of the way from 1 to 1 + 1/128
-    rounded = stochastic_bfloat16(x, generator=generator).float()
+    rounded = rounded_at_random(x).float()
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 1 / 128}
     assert abs(rounded.mean() - x[0]) < 5 * (1 / 128) / 2 / 100_000**0.5
     exact = torch.tensor([0.0, -1.5, 2.0**100])
-    assert torch.equal(stochastic_bfloat16(exact, generator=generator).float(), exact)
+    assert torch.equal(rounded_at_random(exact).float(), exact)
     all_ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # CUDA's NaN
     special = torch.cat([torch.tensor([float("inf"), -float("inf")]), all_ones])
-    out = stochastic_bfloat16(special, generator=generator).float()
+    out = rounded_at_random(special).float()
     assert out[0] == float("inf") and out[1] == -float("inf") and out[2].isnan()

@@ -56,6 +56,9 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "fira randomised": {"rank": 8, "basis": "randomised", "residual": "fira"},
     "adamw 8bit": {"codec": "8bit"},
+    # Noise belongs to elements of the whole: every bit is the same.
+    "adamw bf16, rounded": {"codec": "bf16", "dtype": "bf16", "stochastic_rounding": True},
+    "lion bf16, rounded": {"rule": "lion", "dtype": "bf16", "stochastic_rounding": True},
 }
 LAYERWISE: dict[str, dict[str, Any]] = {
     "layerwise adamw": {},

@@ -69,14 +69,16 @@ class Sums:
 def run(row: dict[str, Any], cut: str, *, rank: int, world: int, resume: bool) -> dict[str, Any]:
     """Weights of the sharded run and, of the same run on one process, the parts of them."""
     options = {"lr": 1e-2, "weight_decay": 0.01, "update_proj_gap": 4, **row}
+    dtype = torch.bfloat16 if options.pop("dtype", "") == "bf16" else torch.float32
     if options.get("rank", 0) == 0:
         del options["update_proj_gap"]
-    alone = [nn.Parameter(weight) for weight in weights()]
+    alone = [nn.Parameter(weight.to(dtype)) for weight in weights()]
     one = Optimizer(alone, **options)
     sums = Sums()
     dims = [CUTS[cut](shape) for shape in SHAPES]
     own, views = [], {}
-    for weight, dim in zip(weights(), dims, strict=True):
+    for weight32, dim in zip(weights(), dims, strict=True):
+        weight = weight32.to(dtype)
         if dim is None:
             own.append(nn.Parameter(weight))
             continue
@@ -85,7 +87,8 @@ def run(row: dict[str, Any], cut: str, *, rank: int, world: int, resume: bool) -
         views[own[-1]] = ShardView(shape=tuple(weight.shape), dim=dim, start=start, sum_=sums)
     two = Optimizer(own, views=views, **options)
     for step in range(STEPS):
-        for a, b, dim, grad in zip(alone, own, dims, gradients(step), strict=True):
+        for a, b, dim, grad32 in zip(alone, own, dims, gradients(step), strict=True):
+            grad = grad32.to(dtype)
             a.grad = grad
             b.grad = grad.clone() if dim is None else part(grad, dim, rank=rank, world=world)[0]
         one.step()

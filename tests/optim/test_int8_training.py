@@ -91,7 +91,7 @@ def test_updates_far_below_a_step_add_up() -> None:
         if nearest:
             encode = int8_weights.encode
             monkeypatch.setattr(
-                int8_weights, "encode", lambda values, generator: encode(values, generator=None)
+                int8_weights, "encode", lambda values, bits: encode(values, bits=None)
             )
         # A full-rank basis of the smaller side: the update is the gradient, a 400th of a step.
         for _ in range(100):

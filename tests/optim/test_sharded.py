@@ -59,6 +59,8 @@ def test_two_parts_step_as_the_whole(name: str, cut: str, seen: list[dict[str, A
             codec = ROWS[name].get("codec", "fp32")
             # Blocks of 256 begin anew in each part.
             bound = 1e-5 if codec == "fp32" else 2e-2
+            if codec == "bf16" or "dtype" in ROWS[name]:
+                assert torch.equal(own, expected), shape
             assert (own - expected).norm() <= bound * expected.norm() + 1e-12, shape
         assert found["states_differ"] == []
     assert seen[0][f"{name}, {cut}"]["sizes"] == seen[1][f"{name}, {cut}"]["sizes"]
@@ -95,7 +97,7 @@ def test_only_projected_gradients_travel(seen: list[dict[str, Any]]) -> None:
         rank = LAYERWISE[name].get("rank", 16)
         sent = min(seen[0][name]["sent"])
         assert sent == 2 * 96 * rank
-        assert 2 * 96 * 64 == ratio * sent
+        assert ratio * sent == 2 * 96 * 64
 
 
 def view(*shape: int, dim: int | None = 0) -> ShardView:

@@ -39,7 +39,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         dense = linear.weight.detach()
         parts = [
-            int8_weights.encode(dense[rows], generator=None)
+            int8_weights.encode(dense[rows], bits=None)
             for rows in row_chunks((self.out_features, self.in_features), dense.device)
         ]
         self.register_buffer("codes", torch.cat([codes for codes, _ in parts]))

@@ -54,8 +54,8 @@ def zero_code(*, signed: bool) -> int:
 
 
 @lru_cache(maxsize=32)
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The map and the 255 edges between its codes, on `device`."""
+def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The map and the 255 edges between its codes, on `device`; do not write into them."""
     values = dynamic_map(signed)
     edges = (values[:-1] + values[1:]) / 2
     if not signed:
@@ -72,7 +72,7 @@ def encode_blocks(
     """
     absmax = torch.linalg.vector_norm(blocks, ord=float("inf"), dim=-1)
     scaled = blocks / absmax.clamp(min=_SMALLEST).unsqueeze(-1)
-    values, edges = _tables(signed, blocks.device)
+    values, edges = tables(signed, blocks.device)
     if generator is None:
         return _nearest(scaled, edges, signed=signed).to(torch.uint8), absmax
     below = torch.bucketize(scaled, values, out_int32=True, right=True).sub_(1).clamp_(0, 254)
@@ -101,7 +101,7 @@ def _nearest(scaled: Tensor, edges: Tensor, *, signed: bool) -> Tensor:
 @lru_cache(maxsize=2)
 def _first_codes(signed: bool) -> tuple[Tensor, Tensor]:
     """Code of the least float32 of given upper 16 bits [65536]; upper edge of each code [256]."""
-    _, edges = _tables(signed, torch.device("cpu"))
+    _, edges = tables(signed, torch.device("cpu"))
     upper = torch.arange(1 << 16, dtype=torch.int64, device="cpu")
     least = (upper << 16) | torch.where(upper >= 1 << 15, 0xFFFF, 0)  # negative: most magnitude
     values = least.to(torch.int32).view(torch.float32)
@@ -111,7 +111,7 @@ def _first_codes(signed: bool) -> tuple[Tensor, Tensor]:
 
 def decode_blocks(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
     """Values float32 [num_blocks, 256] of codes uint8 [num_blocks, 256] and absmax [num_blocks]."""
-    values, _ = _tables(signed, codes.device)
+    values, _ = tables(signed, codes.device)
     decoded = torch.index_select(values, 0, codes.reshape(-1).int())
     return decoded.view(codes.shape).mul_(absmax.unsqueeze(-1))
 

@@ -14,25 +14,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nibble.numerics.rounding import uniform
 from nibble.spec.int8_weights import GROUP
 
 LEVELS = 127
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def encode(values: Tensor, *, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, *, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes int8 [rows, columns] and scales float32 [rows, groups] of `values`, any float type.
 
-    Stochastically with a `generator` on their device, else to nearest.
+    Stochastically by 32 random `bits` an element (rounding.py), int32, else to nearest.
     """
     rows, columns = values.shape
     padded = torch.constant_pad_nd(values.float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
     scales = padded.abs().amax(dim=2) / LEVELS
     steps = padded / scales.clamp(min=_TINY).unsqueeze(2)
-    if generator is None:
+    if bits is None:
         steps = steps.round()
     else:
-        noise = torch.rand(steps.shape, generator=generator, device=steps.device)
+        noise = torch.constant_pad_nd(uniform(bits), (0, -columns % GROUP)).view_as(steps)
         steps = steps.add_(noise).floor_()
     # The largest of a group is 127 but for rounding of the quotient.
     codes = steps.clamp_(-LEVELS, LEVELS).to(torch.int8)

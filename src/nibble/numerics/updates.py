@@ -62,6 +62,14 @@ class Hyper:
     momentum: float = 0.9
     bias_correction: str = "both"
 
+    def denominator(self) -> tuple[float, float]:
+        """(c, e) of adamw's U = M / (c sqrt(V) + e): both corrections in one pass over memory."""
+        if self.bias_correction == "none":
+            return 1.0, self.eps
+        correction1 = 1 - self.betas[0] ** self.step
+        ratio = correction1 / math.sqrt(1 - self.betas[1] ** self.step)
+        return ratio, self.eps * (correction1 if self.bias_correction == "both" else ratio)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -83,14 +91,10 @@ def adamw_(grads: list[Tensor], *, states: States, hyper: Hyper) -> list[Tensor]
     torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sq, beta2)
     torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - beta2)
-    # Both bias corrections go into the denominator: one pass over memory less.
     denominators = torch._foreach_sqrt(exp_avg_sq)
-    eps = hyper.eps
-    if hyper.bias_correction != "none":
-        correction1 = 1 - beta1**hyper.step
-        correction2 = math.sqrt(1 - beta2**hyper.step)
-        torch._foreach_mul_(denominators, correction1 / correction2)
-        eps *= correction1 if hyper.bias_correction == "both" else correction1 / correction2
+    ratio, eps = hyper.denominator()
+    if ratio != 1:
+        torch._foreach_mul_(denominators, ratio)
     torch._foreach_add_(denominators, eps)
     return list(torch._foreach_div(exp_avg, denominators))
 

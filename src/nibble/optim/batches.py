@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nibble.optim.noise import Address, address_of
+from nibble.optim.parts import slot_dim
 from nibble.optim.shards import ShardView
 from nibble.spec.state import BLOCK, Slot
 
@@ -34,13 +36,37 @@ class Piece(NamedTuple):
     weight: Tensor
     grad: Tensor
     state: dict[str, Any]
-    view: ShardView | None = None
-    """Of a part under a rule that looks beyond single elements."""
+    base: int
+    """The number of the whole parameter's first element in its group (noise.py)."""
+    shape: tuple[int, ...]
+    """Of what lives here of the parameter, of which this may be a slice in a line."""
+    view: ShardView
+    start: int = 0
+    """Where the slice begins."""
+    looks_around: bool = False
+    """Whether the rule looks beyond single elements."""
 
     @property
     def numel(self) -> int:
-        """Elements of the whole tensor: all processes must make the same batches of parts."""
-        return self.weight.numel() if self.view is None else prod(self.view.shape)
+        """Elements of the whole tensor if sums go over parts: all processes cut batches alike."""
+        return prod(self.view.shape) if self.looks_around else self.weight.numel()
+
+    def address(self) -> Address:
+        """Which numbers the weight's elements have."""
+        view = self.view
+        own = address_of(
+            self.shape, whole=view.shape, dim=view.dim, start=view.start, base=self.base
+        )
+        return own.at(self.start)
+
+    def slot_address(self, slot: Slot) -> Address:
+        """Which numbers the elements of a slot have."""
+        if slot.extent == "full":
+            return self.address()
+        view = self.view
+        dim = slot_dim(slot, view.dim, len(view.shape))
+        own, whole = slot.shape(self.shape), slot.shape(view.shape)
+        return address_of(own, whole=whole, dim=dim, start=view.start, base=self.base)
 
 
 class Kind(NamedTuple):
@@ -103,4 +129,9 @@ def _slices(piece: Piece, limit: int) -> Iterator[Piece]:
             for name, value in piece.state.items()
             if isinstance(value, Tensor)
         }
-        yield Piece(weight=weight[elements], grad=grad[elements], state=state)
+        yield piece._replace(
+            weight=weight[elements],
+            grad=grad[elements],
+            state=state,
+            start=start,
+        )

@@ -22,6 +22,7 @@ sharded parameters are given as their local tensors, with views that add over th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any, overload
 
 import torch
@@ -32,18 +33,16 @@ from nibble.numerics.updates import RULES
 from nibble.optim.batches import Kind, Piece, batches
 from nibble.optim.options import check_constructor, check_group, check_projects
 from nibble.optim.parts import check_views, part_of, slot_dim
-from nibble.optim.projection import (
+from nibble.optim.projected_step import (
     ProjectedPiece,
-    Projection,
     Store,
     projected_batches,
-    projections,
-    small_shape,
     step_projected_,
 )
+from nibble.optim.projection import Projection, projections, small_shape
 from nibble.optim.shards import ShardView, whole
-from nibble.optim.states import DTYPES, as_float32, new_slot
-from nibble.optim.update import advance, move_, rate_factor, rounding_noise, rounds_weights
+from nibble.optim.states import DTYPES, new_slot
+from nibble.optim.update import advance, move_, rate_factor, state_noise, weight_noise
 from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
 from nibble.spec.state import Slot, slot_tensors, slots, state_tensors
 
@@ -164,14 +163,18 @@ class Optimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             elementwise = RULES[group["rule"]].elementwise
             plain, projected = self._pieces(index, group)
-            for ordinal, (kind, pieces) in enumerate(plain.items()):
-                generator = rounding_noise(group, kind, index=index, ordinal=ordinal)
+            for kind, pieces in plain.items():
                 for batch in batches(pieces, elementwise=elementwise):
-                    _update(batch, group=group, kind=kind, generator=generator)
-            for ordinal, (kind, matrices) in enumerate(projected.items(), start=len(plain)):
-                generator = rounding_noise(group, kind, index=index, ordinal=ordinal)
+                    _update(batch, group=group, kind=kind, index=index)
+            for kind, matrices in projected.items():
                 for some in projected_batches(matrices):
-                    step_projected_(some, group=group, kind=kind, generator=generator)
+                    step_projected_(
+                        some,
+                        group=group,
+                        kind=kind,
+                        state_noise=state_noise(group, kind, index=index),
+                        weight_noise=weight_noise(group, kind, index=index),
+                    )
         return loss
 
     def _pieces(
@@ -182,10 +185,12 @@ class Optimizer(torch.optim.Optimizer):
         projected: dict[Kind, list[ProjectedPiece]] = {}
         own_projections = self.projections(index)
         elementwise = RULES[group["rule"]].elementwise
+        following = 0
         for weight in group["params"]:
+            view = self.views.get(weight)
+            base, following = following, following + self._num_whole(weight)
             if weight.grad is None:
                 continue
-            view = self.views.get(weight)
             # An empty part takes part in sums; where there are none, there is nothing to do.
             if weight.numel() == 0 and (
                 view is None or (elementwise and weight not in own_projections)
@@ -213,8 +218,15 @@ class Optimizer(torch.optim.Optimizer):
                 sum_=None if dim is None or view is None else view.sum_,
             )
             if projection is None:
-                seen = None if elementwise else view
-                piece = Piece(weight=weight, grad=weight.grad, state=state, view=seen)
+                piece = Piece(
+                    weight=weight,
+                    grad=weight.grad,
+                    state=state,
+                    base=base,
+                    shape=tuple(weight.shape),
+                    view=view or whole(weight),
+                    looks_around=not elementwise and view is not None,
+                )
                 plain.setdefault(kind, []).append(piece)
             else:
                 matrix = ProjectedPiece(
@@ -265,6 +277,11 @@ class Optimizer(torch.optim.Optimizer):
         # torch copies and pickles what it knows of.
         state: dict[str, Any] = super().__getstate__()
         return {**state, "stores": self.stores, "views": self.views, "_projected": {}}
+
+    def _num_whole(self, weight: Tensor) -> int:
+        """Elements of the whole tensor that a parameter is a part of."""
+        view = self.views.get(weight)
+        return weight.numel() if view is None else prod(view.shape)
 
     def _counted_state(
         self, weight: Tensor, group: dict[str, Any], projection: Projection | None
@@ -332,28 +349,30 @@ class Optimizer(torch.optim.Optimizer):
                     )
 
 
-def _update(
-    batch: list[Piece], *, group: dict[str, Any], kind: Kind, generator: torch.Generator | None
-) -> None:
+def _update(batch: list[Piece], *, group: dict[str, Any], kind: Kind, index: int) -> None:
     """One step of one batch of parameters that are not projected: the module's equation."""
-    grads = as_float32([piece.grad for piece in batch])
-    states = [piece.state for piece in batch]
     updates = advance(
-        grads.views,
-        states,
+        [piece.grad for piece in batch],
+        [piece.state for piece in batch],
         group=group,
         kind=kind,
-        generator=generator,
-        lengths=[piece.view.shape[kind.dim] for piece in batch if piece.view and kind.dim],
+        noise=state_noise(group, kind, index=index),
+        addresses=[piece.slot_address for piece in batch],
+        lengths=[piece.view.shape[kind.dim] for piece in batch if kind.dim is not None],
     )
-    del grads  # updates keep what they need; the rest makes room for the weights
-    noise = generator if rounds_weights(group, kind) else None
-    weights = [piece.weight for piece in batch]
+    noise = weight_noise(group, kind, index=index)
     floor = group["parameter_scale"]
     factors = None
     if floor > 0:
         factors = [rate_factor(piece.weight, floor=floor, view=piece.view) for piece in batch]
-    move_(weights, updates, group=group, noise=noise, factors=factors)
+    move_(
+        [piece.weight for piece in batch],
+        updates,
+        group=group,
+        noise=noise,
+        addresses=[piece.address() for piece in batch] if noise is not None else (),
+        factors=factors,
+    )
 
 
 def initialise_(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nibble.numerics import codec8
 from nibble.numerics.rounding import stochastic_bfloat16
+from nibble.optim.noise import Address, Noise, padded_numbers
 from nibble.spec.state import BLOCK, Slot, slot_tensors
 
 DTYPES = {
@@ -103,14 +104,19 @@ def unpack(stored: Sequence[Stored], *, slot: Slot) -> Unpacked:
 
 
 def write_back_(
-    stored: Sequence[Stored], *, values: Unpacked, slot: Slot, generator: torch.Generator | None
+    stored: Sequence[Stored],
+    *,
+    values: Unpacked,
+    slot: Slot,
+    noise: Noise | None,
+    addresses: Sequence[Address] = (),
 ) -> None:
     """Store the values that a rule has advanced, unless they are the stored tensors already."""
     if values.flat is None:
         return
     targets = [tensors[0] for tensors in stored]
     if len(stored[0]) == 1:
-        store_rounded_(targets, flat=values.flat, generator=generator)
+        store_rounded_(targets, flat=values.flat, noise=noise, addresses=addresses)
         return
     codes, absmax = codec8.encode_blocks(values.flat.view(-1, BLOCK), signed=slot.signed)
     torch._foreach_copy_(targets, views_into(codes.view(-1), targets))
@@ -119,9 +125,17 @@ def write_back_(
 
 
 def store_rounded_(
-    targets: Sequence[Tensor], *, flat: Tensor, generator: torch.Generator | None
+    targets: Sequence[Tensor],
+    *,
+    flat: Tensor,
+    noise: Noise | None,
+    addresses: Sequence[Address] = (),
 ) -> None:
-    """Copy a `gather`ed float32 buffer into 16-bit tensors, stochastically with a `generator`."""
-    if generator is not None:
-        flat = stochastic_bfloat16(flat, generator=generator)
+    """Copy a `gather`ed float32 buffer into 16-bit tensors, stochastically with `noise` at the
+    `addresses` of their elements.
+    """
+    if noise is not None:
+        counts = [target.numel() for target in targets]
+        numbers = padded_numbers(addresses, counts, device=flat.device)
+        flat = stochastic_bfloat16(flat, bits=noise.bits(numbers))
     torch._foreach_copy_(list(targets), views_into(flat, targets))

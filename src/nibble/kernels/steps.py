@@ -1,0 +1,39 @@
+"""Who takes the steps of large tensors: the eager lists of optim/update.py, or Triton's kernels.
+
+The eager functions are the truth and run anywhere. On CUDA with Triton a large tensor costs one
+launch and one pass over its memory; small ones share the eager lists' launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKernels:
+    """Triton's functions, as kernels/optimizer.py describes them."""
+
+    adamw_: Callable[..., None]
+    move_: Callable[..., None]
+    move_int8_: Callable[..., None]
+
+
+@cache
+def step_kernels(device_type: str) -> StepKernels | None:
+    """What is faster than the eager functions on this kind of device, if anything is."""
+    if device_type == "cuda" and find_spec("triton") is not None:
+        return triton_kernels()
+    return None
+
+
+@cache
+def triton_kernels() -> StepKernels:
+    """Triton's functions; importing them needs triton."""
+    from nibble.kernels import optimizer
+
+    return StepKernels(
+        adamw_=optimizer.adamw_, move_=optimizer.move_, move_int8_=optimizer.move_int8_
+    )

@@ -1,0 +1,308 @@
+"""The step of projected parameters.
+
+    R = project(G);   U = rule(R);   W <- W - lr * scale * (back(X) + f o G)
+
+with X and f of the group's residual (numerics/lowrank.py). Products are those of the gradient's
+type, by cuBLAS; what is left of a matrix's step is one pass over its weight, gradient and back(X),
+a kernel of its own on CUDA (kernels/optimizer.py) and a handful of passes elsewhere.
+
+Costs: 4 m n r flops a matrix; it is taken by rows, so that temporaries stay under 256 MiB; a basis
+is unpacked twice. A residual asks for the whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nibble.kernels.steps import step_kernels
+from nibble.numerics import lowrank
+from nibble.optim import batches
+from nibble.optim.batches import Kind
+from nibble.optim.noise import Address, Noise, noise_for
+from nibble.optim.projected_grad import ProjectedGrad
+from nibble.optim.projection import Bases, Projection
+from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
+
+# Bytes of temporaries for each element of a small matrix (batches.py), and of a chunk of rows:
+# weight, update, gradient, residual.
+_SMALL_BYTES = 48
+_ROW_BYTES = 16
+_STORES = 2
+
+
+class Terms(NamedTuple):
+    """Rows of back(X) + f o G as they are; either may be absent. `update` is in the gradient's
+    type, `factor` float32 of shape [1, 1], [rows, 1] or [1, columns].
+    """
+
+    update: Tensor | None
+    grad: Tensor | None
+    factor: Tensor | None
+
+    def total(self) -> Tensor:
+        """The sum, float32, a tensor of its own or `update`."""
+        total = None if self.update is None else self.update.float()
+        if self.factor is not None and self.grad is not None:
+            scaled = self.grad.float() * self.factor
+            total = scaled if total is None else total + scaled
+        assert total is not None
+        return total
+
+
+class Store(Protocol):
+    """Where a parameter's values are if not in the parameter (stores.py)."""
+
+    def move_(
+        self,
+        rows: slice,
+        terms: Terms,
+        *,
+        group: dict[str, Any],
+        scale: float,
+        noise: Noise,
+        address: Address,
+    ) -> None:
+        """Step some rows, rounded with noise at the addresses of their elements."""
+
+
+class ProjectedPiece(NamedTuple):
+    """A projected parameter with its state, and the store of its values if it has one."""
+
+    weight: Tensor
+    projection: Projection
+    state: dict[str, Any]
+    store: Store | None = None
+
+
+def projected_batches(pieces: list[ProjectedPiece]) -> Iterator[list[ProjectedPiece]]:
+    """Pieces of one kind in lists whose small matrices fit batches.BATCH_NBYTES."""
+    limit = batches.BATCH_NBYTES // _SMALL_BYTES
+    batch: list[ProjectedPiece] = []
+    num_elements = 0
+    for piece in pieces:
+        rows, columns = piece.projection.low.projected_shape(piece.projection.shape)
+        if batch and num_elements + rows * columns > limit:
+            yield batch
+            batch, num_elements = [], 0
+        batch.append(piece)
+        num_elements += rows * columns
+    if batch:
+        yield batch
+
+
+def step_projected_(
+    batch: list[ProjectedPiece],
+    *,
+    group: dict[str, Any],
+    kind: Kind,
+    state_noise: Noise | None,
+    weight_noise: Noise | None,
+) -> None:
+    """One step of projected parameters: the module's equation."""
+    # Norms of a residual want float32; alone, back(X) multiplies in the gradient's type.
+    plain = group["residual"] == "none"
+    grads = [_projected(piece) for piece in batch]
+    _sum_parts_(batch, grads)
+    updates = advance(
+        grads,
+        [piece.state for piece in batch],
+        group=group,
+        kind=kind,
+        noise=state_noise,
+        addresses=[piece.projection.slot_address for piece in batch],
+        lengths=[p.projection.part.shape[kind.dim] for p in batch if kind.dim is not None],
+        dtype=kind.grad_dtype if plain else torch.float32,
+    )
+    for piece, update, grad in zip(batch, updates, grads, strict=True):
+        whole = _whole_update(piece, update, grad)
+        _move_by_rows_(piece, whole, group=group, noise=weight_noise)
+
+
+def _sum_parts_(batch: list[ProjectedPiece], grads: list[Tensor]) -> None:
+    """Complete the projected gradients to which every part of a parameter adds."""
+    sums: dict[Callable[[Sequence[Tensor]], None], list[Tensor]] = {}
+    for piece, grad in zip(batch, grads, strict=True):
+        if piece.projection.sums:
+            sums.setdefault(piece.projection.part.sum_, []).append(grad)
+    for sum_, tensors in sums.items():
+        sum_(tensors)
+
+
+def _projected(piece: ProjectedPiece) -> Tensor:
+    """R, float32, or what the own part adds to it; the basis is made anew first if it is time."""
+    projection, state = piece.projection, piece.state
+    grad = piece.weight.grad
+    assert grad is not None
+    if isinstance(grad, ProjectedGrad):
+        return grad.small.float()
+    matrix = grad.reshape(projection.matrix_shape)
+    step = state["step"] - 1  # counted already
+    if step >= state["next_refresh"]:
+        projection.refresh_(state, projection.new_bases(state, matrix), step=step)
+    left, right = projection.own_bases(state, dtype=matrix.dtype)
+    return lowrank.project(matrix, left=left, right=right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """back(X) + f o G, to be had by rows."""
+
+    small: Tensor | None
+    bases: Bases
+    factor: Tensor | None
+    matrix: Tensor | None
+
+    def rows(self, rows: slice) -> Terms:
+        """Some rows of both."""
+        update = None
+        if self.small is not None:
+            left, right = self.bases
+            if left is None:
+                update = lowrank.project_back(self.small[rows], left=None, right=right)
+            else:
+                update = lowrank.project_back(self.small, left=left[rows], right=right)
+        if self.factor is None:
+            return Terms(update=update, grad=None, factor=None)
+        assert self.matrix is not None
+        factor = self.factor[rows] if self.factor.shape[0] > 1 else self.factor
+        return Terms(update=update, grad=self.matrix[rows], factor=factor)
+
+    def norm(self, num_rows: int) -> Tensor:
+        """Norm of the whole sum, never held as one."""
+        parts = [
+            torch.linalg.vector_norm(self.rows(rows).total()) for rows in _chunks(self, num_rows)
+        ]
+        if not parts and self.matrix is not None:
+            return torch.zeros((), device=self.matrix.device)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+        return norm
+
+
+def _whole_update(piece: ProjectedPiece, update: Tensor, small_grad: Tensor) -> _Whole:
+    """X and f of the piece's residual, for update U and projected gradient R."""
+    low, state = piece.projection.low, piece.state
+    grad = piece.weight.grad
+    assert grad is not None
+    bases: Bases = (None, None)
+    if low.residual in ("none", "fira"):
+        bases = piece.projection.own_bases(state, dtype=grad.dtype)
+    if low.residual == "none":
+        return _Whole(small=update.to(grad.dtype), bases=bases, factor=None, matrix=None)
+    assert not isinstance(grad, ProjectedGrad), "a residual needs the whole gradient"
+    matrix = grad.reshape(piece.projection.matrix_shape)
+    if low.residual == "tensor":
+        cut = piece.projection.small_axis is not None
+        sum_ = piece.projection.part.sum_ if cut else None
+        factor = lowrank.tensor_ratio(update, small_grad, sum_=sum_).view(1, 1)
+    else:
+        dim = 0 if low.sides(piece.projection.shape) == ("left",) else 1
+        factor = lowrank.channel_ratios(update, small_grad, dim=dim)
+    rest = None
+    if low.residual == "fira":
+        rest = factor * small_grad
+    if low.keeps_norm:
+        negative = None if rest is None else (-rest).to(grad.dtype)
+        unlimited = _Whole(small=negative, bases=bases, factor=factor, matrix=matrix)
+        norm = unlimited.norm(matrix.shape[0])
+        if piece.projection.part.axis is not None:
+            square = norm.square()
+            piece.projection.part.sum_([square])
+            norm = square.sqrt()
+        previous = state["residual_norm"]
+        limit = lowrank.growth_factor(norm, previous, norm_growth=low.norm_growth)
+        previous.copy_(norm * limit)
+        factor = factor * limit
+        rest = None if rest is None else rest * limit
+    small = None if rest is None else (update - rest).to(grad.dtype)
+    return _Whole(small=small, bases=bases, factor=factor, matrix=matrix)
+
+
+def _chunks(whole: _Whole, num_rows: int) -> Iterator[slice]:
+    """Slices of rows whose temporaries fit batches.BATCH_NBYTES."""
+    if whole.matrix is not None:
+        num_columns = whole.matrix.shape[1]
+    else:
+        assert whole.small is not None
+        right = whole.bases[1]
+        num_columns = whole.small.shape[1] if right is None else right.shape[0]
+    size = max(1, batches.BATCH_NBYTES // _ROW_BYTES // max(1, num_columns))
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def _move_by_rows_(
+    piece: ProjectedPiece, whole: _Whole, *, group: dict[str, Any], noise: Noise | None
+) -> None:
+    """Apply an update to its weight, some rows at a time."""
+    weight, projection = piece.weight, piece.projection
+    shape, scale, address = projection.matrix_shape, projection.low.scale, projection.address()
+    if piece.store is not None:
+        own = noise_for(group["seed"], projection.index, piece.state["step"], _STORES)
+        for rows in _chunks(whole, shape[0]):
+            piece.store.move_(
+                rows,
+                whole.rows(rows),
+                group=group,
+                scale=scale,
+                noise=own,
+                address=address.at(rows.start * shape[1]),
+            )
+        return
+    floor = group["parameter_scale"]
+    share = rate_factor(weight, floor=floor, view=projection.view) if floor > 0 else None
+    rows_of = weight if weight.dim() == 2 else weight.reshape(shape)
+    for rows in _chunks(whole, shape[0]):
+        _move_rows_(
+            rows_of[rows],
+            whole.rows(rows),
+            group=group,
+            scale=scale,
+            noise=noise,
+            address=address.at(rows.start * shape[1]),
+            share=share,
+        )
+    if rows_of.data_ptr() != weight.data_ptr():  # a kernel in channels-last order was copied
+        weight.copy_(rows_of.view(weight.shape))
+
+
+def _move_rows_(
+    target: Tensor,
+    terms: Terms,
+    *,
+    group: dict[str, Any],
+    scale: float,
+    noise: Noise | None,
+    address: Address,
+    share: Tensor | None,
+) -> None:
+    """W <- (1 - decay) W - rate (back(X) + f o G) of some rows."""
+    kernels = step_kernels(target.device.type)
+    if kernels is None or target.numel() < FUSED_NUMEL or not target.is_contiguous():
+        move_(
+            [target],
+            [terms.total()],
+            group=group,
+            noise=noise,
+            addresses=[address],
+            scale=scale,
+            factors=None if share is None else [share],
+        )
+        return
+    rate = float(group["lr"])
+    kernels.move_(
+        target,
+        None if terms.update is None else terms.update.contiguous(),
+        rate=rate * scale,
+        decay=rate * group["weight_decay"],
+        decay_last=group["decay_last"],
+        key=None if noise is None else noise.key,
+        place=address.place,
+        grad=None if terms.grad is None else terms.grad.contiguous(),
+        factor=terms.factor,
+        share=share,
+    )
