@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from nibble.errors import ConfigError
-from nibble.optim import GroupRule, build, group_parameters, projection_lines, summarise
+from nibble.optim import (
+    GroupRule,
+    build,
+    clip_grad_norm_,
+    group_parameters,
+    projection_lines,
+    summarise,
+)
+from nibble.optim.shards import FLAT, ShardView
 from nibble.spec.config import MethodName, Optim, OptimizerName
 from nibble.spec.lowrank import METHODS
 from nibble.spec.state import rule_and_codec
@@ -158,3 +166,36 @@ class TestLowRankRecipes:
         model.proj(torch.randn(3, 64)).square().sum().backward()
         assert type(model.proj.weight.grad).__name__ == "ProjectedGrad"
         assert model.proj.bias.grad is not None and model.proj.bias.grad.shape == (64,)
+
+
+def test_parts_are_grouped_by_the_dims_of_the_whole() -> None:
+    parts = {"up.weight": nn.Parameter(torch.zeros(5)), "norm.weight": nn.Parameter(torch.zeros(3))}
+    shapes = {"up.weight": (4, 2), "norm.weight": (4,)}
+    views = {name: ShardView(shape=shapes[name], dim=FLAT, start=1) for name in parts}
+    optimizer, _ = build(parts, Optim(weight_decay=0.1), total_steps=1, views=views)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name: decays[id(part)] for name, part in parts.items()} == {
+        "up.weight": 0.1,
+        "norm.weight": 0.0,
+    }
+
+
+def test_a_norm_over_parts_is_that_of_the_whole() -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(7, 3)
+    expected, alone = nn.Parameter(whole), nn.Parameter(whole)
+    expected.grad, alone.grad = whole.clone(), whole.clone()
+    there = clip_grad_norm_([expected], max_norm=1.0)
+    parts = [nn.Parameter(part.clone()) for part in whole.view(-1).split([4, 0, 17])]
+    squares = [part.detach().square().sum() for part in parts]
+    for part in parts:
+        part.grad = part.detach().clone() if part.numel() else None
+
+    for index, part in enumerate(parts):
+        others = sum(squares) - squares[index]
+        norm = clip_grad_norm_(
+            [part], max_norm=1.0, sum_=lambda tensors, more=others: tensors[0].add_(more)
+        )
+        torch.testing.assert_close(norm, there)
+    found = torch.cat([part.grad for part in parts if part.grad is not None])
+    torch.testing.assert_close(found.view(7, 3), expected.grad)

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from processes import start
-from test_all_placements import STEPS, a_recipe, make_base, make_data, of_single, same
+from safetensors.torch import save_file
+from test_all_placements import a_recipe, make_base, make_data, of_single, same
+
+from nibble.errors import ConfigError
+from nibble.optim.shards import FLAT
+from nibble.place import Group, placement, resolved
+from nibble.spec.config import Place, Recipe
+from nibble.train.whole import WholeFile
 
 STAGES = (2, 3)
+STEPS, FEW = 8, 3
+TWO = Group(device=torch.device("cpu"), rank=1, world=2, local_rank=1, local_world=2)
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason='needs pip install "nibble[deepspeed]"'
 )
@@ -37,7 +47,7 @@ def table(root: Path) -> list[dict[str, Any]]:
                         "name": f"{stage or 'single'} {adapter} {accumulation}",
                         "kind": kind,
                         "accumulation": accumulation,
-                        "steps": STEPS if long else 4,
+                        "steps": STEPS if long else FEW,
                         "restore": long,
                         "recipe": a_recipe(root, "none", adapter),
                         "place": {} if stage is None else {"zero_stage": stage},
@@ -84,3 +94,32 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert min(fewer["losses"]) == min(more["losses"]) == STEPS // 2 + 1
     same(fewer, single)
     same(more, single)
+
+
+def test_without_the_library_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r'pip install "nibble\[deepspeed\]", or use place.kind'):
+        placement(Place(kind="deepspeed"), TWO)
+
+
+def test_alone_there_is_nothing_to_share_out() -> None:
+    words = {"model": {"path": "x"}, "place": {"kind": "deepspeed"}}
+    recipe = Recipe.model_validate(words)
+    assert resolved(recipe, Group.alone(torch.device("cpu"))).place.kind == "single"
+    assert resolved(recipe, TWO).place.kind == "deepspeed"
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3), (7,), ()])
+def test_any_range_of_numbers_is_read_from_a_whole_tensor(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    whole = torch.randn(shape)
+    save_file({"w": whole}, tmp_path / "w.safetensors")
+    file = WholeFile(tmp_path / "w.safetensors")
+    line = whole.reshape(-1)
+    for first in range(line.numel() + 1):
+        for last in range(first, line.numel() + 1):
+            found = file.read("w", FLAT, slice(first, last))
+            assert torch.equal(found, line[first:last]), (first, last)

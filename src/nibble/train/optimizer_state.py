@@ -178,7 +178,7 @@ def split_dims(
     if view is None or view.dim is None:
         return {}
     own = state.trained()[name]
-    if isinstance(state.optimizer, Optimizer):
+    if isinstance(state.optimizer, Optimizer) and view.dim != FLAT:
         dims = state.optimizer.split_dims(own)
         return {key: dims.get(key) for key in shapes}
     alike = (tuple(own.shape), view.shape)
