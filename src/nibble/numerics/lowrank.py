@@ -7,9 +7,9 @@ For a gradient G [m, n] and orthonormal bases P [m, r] (left) and Q [n, r] (righ
     full   R = P^T G Q [r, r]   back(X) = P X Q^T     (GaLore, arXiv 2403.03507)
 
 A basis is the r leading singular vectors, or the range of a sketch Y = G S, S Gaussian [n, r]
-(Halko, Martinsson, Tropp, arXiv 0909.4061), made orthonormal by CholeskyQR2 in float32 (arXiv
-1412.3337), or by Householder's QR where Cholesky gives up. R and Y are linear in G, so sums over
-micro-batches and ranks may be taken of them instead of gradients.
+(Halko, Martinsson, Tropp, arXiv 0909.4061), made orthonormal by shifted CholeskyQR2 in float32
+(arXiv 1412.3337, 1809.11085), or by Householder's QR where Cholesky gives up. R and Y are linear in
+G, so sums over micro-batches and ranks may be taken of them instead of gradients.
 
 What a rule answers to R is U. The whole step is written with a small matrix and a factor a channel:
 
@@ -24,8 +24,9 @@ projected to `norm_growth` times that of the step before. Stored bases may be in
 codes a byte.
 
 Costs: svd min(m, n) m n fp32 flops many times over; a sketch 2 m n r and its QR about 6 m r^2 in
-fp32. One check whether Cholesky succeeded waits for the device, once a refresh. It keeps nothing
-and knows no parameters, steps or seeds: generators are given.
+fp32, half of that twice more for a power iteration. Nothing waits for the device but an SVD and
+a basis of nearly all directions. It keeps nothing and knows no parameters, steps or seeds:
+generators are given.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ JITTER = 1e-3
 """Noise added to a sketch, as a share of a column's norm: it stands in for missing rank."""
 EXPLORATION = 0.5
 """Noise beside a guide of a sketch, as a share of a column's norm."""
+SHIFT = 1e-6
+"""Of a Gram matrix' diagonal, as a share of its norm: above the rounding of float32."""
+CERTAIN_SHARE = 0.75
+"""Columns for each row up to which noise alone conditions a sketch well enough."""
 ORTHONORMAL_TOLERANCE = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -50,15 +55,16 @@ def orthonormalise(sketch: Tensor, *, generator: torch.Generator) -> Tensor:
     """Orthonormal basis, float32 [m, r], of the range of `sketch` [m, r], r <= m.
 
     Seeded noise of JITTER of a column's norm is added first: a gradient of fewer tokens than r has
-    no r directions, and those that rounding would choose are not the same on every run. The
-    diagonal of the triangular factor is positive, so equal sketches give equal bases.
+    no r directions, and those that rounding would choose are not the same on every run. It also
+    bounds the condition of the columns if r is not close to m, so that nothing can fail and nothing
+    waits for the device; a sketch that is nearly square is checked. The diagonal of the triangular
+    factor is positive, so equal sketches give equal bases.
     """
-    noise = torch.randn(sketch.shape, generator=generator, device=sketch.device)
-    # Columns of one length condition the Gram matrix as well as a diagonal can.
-    columns = _unit_columns(sketch.float()).add_(noise, alpha=JITTER / math.sqrt(sketch.shape[0]))
-    columns = _unit_columns(columns)
-    once, failed_first = _cholesky_qr(columns)
+    columns = _jittered(sketch, generator)
+    once, failed_first = _cholesky_qr(columns, shift=SHIFT)
     basis, failed_second = _cholesky_qr(once)
+    if sketch.shape[1] <= CERTAIN_SHARE * sketch.shape[0]:
+        return basis
     gram = basis.mT @ basis
     gram.diagonal().sub_(1)
     wrong = gram.abs().amax()
@@ -68,15 +74,41 @@ def orthonormalise(sketch: Tensor, *, generator: torch.Generator) -> Tensor:
     return basis
 
 
+def conditioned(sketch: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Columns of the range of `sketch` that are far from dependent, at half of the cost of
+    orthonormal ones: enough to multiply with once more.
+    """
+    columns = _jittered(sketch, generator)
+    once, failed = _cholesky_qr(columns, shift=SHIFT)
+    # Without a wait: columns that could not be conditioned are only scaled.
+    return torch.where(failed, columns, once)
+
+
+def _jittered(sketch: Tensor, generator: torch.Generator) -> Tensor:
+    """Columns of norm 1 with noise of JITTER of it; equal lengths condition as well as a diagonal
+    can.
+    """
+    noise = torch.randn(sketch.shape, generator=generator, device=sketch.device)
+    columns = _unit_columns(sketch.float()).add_(noise, alpha=JITTER / math.sqrt(sketch.shape[0]))
+    return _unit_columns(columns)
+
+
 def _unit_columns(columns: Tensor) -> Tensor:
     """Columns of norm 1; columns of zeros stay."""
     norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
     return columns / norms.clamp_(min=_TINY)
 
 
-def _cholesky_qr(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Q of columns = Q R by the Cholesky factor of their Gram matrix, and whether that failed."""
-    upper, info = torch.linalg.cholesky_ex(columns.mT @ columns, upper=True)
+def _cholesky_qr(columns: Tensor, *, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Q of columns = Q R by the Cholesky factor of their Gram matrix, and whether that failed.
+
+    A `shift` of the diagonal, as a share of the Gram matrix' norm, lets it succeed above rounding;
+    the range of Q is that of the columns all the same (Fukaya et al., arXiv 1809.11085).
+    """
+    gram = columns.mT @ columns
+    if shift > 0:
+        gram.diagonal().add_(torch.linalg.vector_norm(gram), alpha=shift)
+    upper, info = torch.linalg.cholesky_ex(gram, upper=True)
     return torch.linalg.solve_triangular(upper, columns, upper=True, left=False), info != 0
 
 
@@ -138,12 +170,14 @@ def randomised_basis(
     to the third power, for two more products.
     """
     columns = sketch_columns(length, rank=rank, generator=generator)
-    basis = orthonormalise(product(columns, side), generator=generator)
+    found = product(columns, side)
     other = "right" if side == "left" else "left"
     for _ in range(num_power_iterations):
-        inner = orthonormalise(product(basis, other), generator=generator)
-        basis = orthonormalise(product(inner, side), generator=generator)
-    return basis
+        inner = conditioned(
+            product(conditioned(found, generator=generator), other), generator=generator
+        )
+        found = product(inner, side)
+    return orthonormalise(found, generator=generator)
 
 
 def random_basis(dim: int, *, rank: int, generator: torch.Generator) -> Tensor:
@@ -162,13 +196,13 @@ def gaussian_projection(dim: int, *, rank: int, generator: torch.Generator) -> T
 
 
 def project(matrix: Tensor, *, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R, float32, of `matrix` [m, n]; products are in the matrix's type."""
+    """R of `matrix` [m, n], in its type."""
     small = matrix
     if left is not None:
         small = left.to(matrix.dtype).mT @ small
     if right is not None:
         small = small @ right.to(matrix.dtype)
-    return small.float()
+    return small
 
 
 def project_back(small: Tensor, *, left: Tensor | None, right: Tensor | None) -> Tensor:

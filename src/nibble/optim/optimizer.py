@@ -28,27 +28,26 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from nibble.errors import CheckpointError, ConfigError
+from nibble.errors import ConfigError
 from nibble.numerics.updates import RULES
 from nibble.optim.batches import Kind, Piece, batches
+from nibble.optim.loading import check_loadable, copied
 from nibble.optim.options import check_constructor, check_group, check_projects
-from nibble.optim.parts import check_views, part_of, slot_dim
+from nibble.optim.parts import check_views, slot_dim
 from nibble.optim.projected_step import (
     ProjectedPiece,
     Store,
     projected_batches,
     step_projected_,
 )
-from nibble.optim.projection import Projection, projections, small_shape
+from nibble.optim.projection import Projection, projections
 from nibble.optim.shards import ShardView, whole
-from nibble.optim.states import DTYPES, new_slot
+from nibble.optim.states import new_slot
 from nibble.optim.update import advance, move_, rate_factor, state_noise, weight_noise
-from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
-from nibble.spec.state import Slot, slot_tensors, slots, state_tensors
+from nibble.spec.lowrank import LOW_RANK_KEYS, low_rank_of
+from nibble.spec.state import Slot, slot_tensors, slots
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What a saved group must share with the one it is loaded into: they shape its state.
-_SHAPING_KEYS = ("rule", "codec", "rank", "proj_type", "basis", "basis_storage", "residual")
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -302,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
         taken: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            self._check_loadable(given)
+            check_loadable(given, self.param_groups, self.view)
             taken.update(given)
             return {**given, "state": {}}
 
@@ -311,7 +310,7 @@ class Optimizer(torch.optim.Optimizer):
             own = [weight for group in self.param_groups for weight in group["params"]]
             for key, weight in zip(saved, own, strict=True):
                 if key in taken["state"]:
-                    self.state[weight] = _copied(taken["state"][key], device=weight.device)
+                    self.state[weight] = copied(taken["state"][key], device=weight.device)
 
         # As hooks of this one call, they run after a caller's pre-hooks and before its post-hooks.
         handles = (
@@ -323,30 +322,6 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
-        """Raise CheckpointError where saved groups or state are not of this optimiser's making."""
-        all_saved = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(saved["params"]) for saved in all_saved]
-        if sizes != saved_sizes:
-            raise CheckpointError(
-                f"optimiser was saved with groups of {saved_sizes} tensors, this run has {sizes}: "
-                "resume with the recipe that wrote the checkpoint"
-            )
-        for number, (group, saved) in enumerate(zip(self.param_groups, all_saved, strict=True)):
-            for key in _SHAPING_KEYS:
-                if saved.get(key) != group[key]:
-                    raise CheckpointError(
-                        f"optimiser group {number} was saved with {key} {saved.get(key)!r}, this "
-                        f"run has {group[key]!r}: resume with the recipe that wrote the checkpoint"
-                    )
-            for key, weight in zip(saved["params"], group["params"], strict=True):
-                state = state_dict["state"].get(key)
-                if state is not None:
-                    _check_state(
-                        state, weight, view=self.view(weight), group=group, low=low_rank_of(saved)
-                    )
 
 
 def _update(batch: list[Piece], *, group: dict[str, Any], kind: Kind, index: int) -> None:
@@ -393,39 +368,3 @@ def initialise_(
         names = slot_tensors(slot, codec=group["codec"], shape=shape)
         tensors = new_slot(slot, codec=group["codec"], shape=shape, device=weight.device)
         state.update(zip(names, tensors, strict=True))
-
-
-def _copied(state: dict[str, Any], *, device: torch.device) -> dict[str, Any]:
-    """A copy of one parameter's state with its tensors on `device`; nothing is shared."""
-    return {
-        name: value.to(device=device, copy=True) if isinstance(value, Tensor) else value
-        for name, value in state.items()
-    }
-
-
-def _check_state(
-    state: dict[str, Any],
-    weight: Tensor,
-    *,
-    view: ShardView,
-    group: dict[str, Any],
-    low: LowRank | None,
-) -> None:
-    """Raise CheckpointError unless a saved state has exactly the tensors that we would make."""
-    shape = tuple(weight.shape)
-    specs = {}
-    if low is not None and low.projects(view.shape):
-        specs = low.tensors(view.shape)
-        shape = small_shape(low, part_of(view, shape), view.shape)
-    specs |= state_tensors(group["rule"], codec=group["codec"], shape=shape)
-    expected = {name: (spec.shape, DTYPES[spec.dtype]) for name, spec in specs.items()}
-    found = {
-        name: (tuple(value.shape), value.dtype)
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
-    if found != expected:
-        raise CheckpointError(
-            f"optimiser state of a weight of shape {list(weight.shape)} holds {found}, expected "
-            f"{expected}: the checkpoint belongs to another model or optimiser"
-        )

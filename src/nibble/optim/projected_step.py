@@ -106,7 +106,11 @@ def step_projected_(
     """One step of projected parameters: the module's equation."""
     # Norms of a residual want float32; alone, back(X) multiplies in the gradient's type.
     plain = group["residual"] == "none"
+    # A kernel reads it in any type; sums over parts and norms want float32.
+    as_is = plain and step_kernels(kind.device.type) is not None
     grads = [_projected(piece) for piece in batch]
+    if not (as_is and len({grad.dtype for grad in grads}) == 1):
+        grads = [grad.float() for grad in grads]
     _sum_parts_(batch, grads)
     updates = advance(
         grads,
@@ -134,18 +138,19 @@ def _sum_parts_(batch: list[ProjectedPiece], grads: list[Tensor]) -> None:
 
 
 def _projected(piece: ProjectedPiece) -> Tensor:
-    """R, float32, or what the own part adds to it; the basis is made anew first if it is time."""
+    """R, or what the own part adds to it; the basis is made anew first if it is time."""
     projection, state = piece.projection, piece.state
     grad = piece.weight.grad
     assert grad is not None
     if isinstance(grad, ProjectedGrad):
-        return grad.small.float()
+        return grad.small
     matrix = grad.reshape(projection.matrix_shape)
     step = state["step"] - 1  # counted already
     if step >= state["next_refresh"]:
         projection.refresh_(state, projection.new_bases(state, matrix), step=step)
     left, right = projection.own_bases(state, dtype=matrix.dtype)
-    return lowrank.project(matrix, left=left, right=right)
+    small = lowrank.project(matrix, left=left, right=right)
+    return small.float() if projection.sums else small
 
 
 @dataclass(frozen=True, kw_only=True)
