@@ -44,7 +44,7 @@ from nibble.optim.projection import Projection, projections
 from nibble.optim.shards import ShardView, whole
 from nibble.optim.states import new_slot
 from nibble.optim.update import advance, move_, rate_factor, state_noise, weight_noise
-from nibble.spec.lowrank import LOW_RANK_KEYS, low_rank_of
+from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
 from nibble.spec.state import Slot, slot_tensors, slots
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
