@@ -5,6 +5,7 @@ Run by test_all_placements.py with a folder that holds `base/`, `train.jsonl` an
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -159,6 +160,7 @@ def main(root: Path) -> None:
     tokenizer = load_tokenizer(recipe.model)
     splits = prepare(recipe.data, tokenizer, task="causal-lm", seed=0, can_pack=True)
     found: dict[str, Any] = {}
+    gc.freeze()  # deepspeed collects garbage at each start
     for number, case in enumerate(cases):
         case["number"] = number
         began = time.perf_counter()
