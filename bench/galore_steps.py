@@ -58,20 +58,22 @@ class Row:
 
 
 GALORE = {"method": "galore8bit", "rank": 1024, "basis_storage": "bf16", "layerwise": True}
+NOW = {"in_backward": True, "max_grad_norm": None}
 ROWS = {
     "step": (
         Row(name="nibble galore8bit layer-wise", cap="23.5GiB", batch=(16, 256), optim=GALORE),
         Row(
-            name="nibble galore8bit layer-wise, no clipping",
+            name="nibble galore8bit in backward",
             cap="23.5GiB",
             batch=(16, 256),
-            optim={**GALORE, "max_grad_norm": None},
+            optim={**GALORE, **NOW},
         ),
         Row(
-            name="nibble galore8bit layer-wise, int8 bases",
-            cap="23.5GiB",
+            name="nibble galore8bit in backward, int8 bases, offload",
+            cap="19GiB",
             batch=(16, 256),
-            optim={**GALORE, "basis_storage": "int8"},
+            optim={**GALORE, **NOW, "basis_storage": "int8"},
+            train={"activation_offload": True},
         ),
         Row(
             name="galore_torch layer-wise, without refreshes",
@@ -82,14 +84,20 @@ ROWS = {
     ),
     "small": (
         Row(
-            name="16 GiB card: nibble galore8bit rank 256, bf16 weights",
+            name="16 GiB card: nibble galore8bit in backward, rank 256, bf16 weights, offload",
             cap="15.5GiB",
             batch=(8, 256),
-            optim={**GALORE, "rank": 256, "basis_storage": "int8"},
+            optim={**GALORE, **NOW, "rank": 256},
             train={"activation_offload": True},
         ),
         Row(
-            name="16 GiB card: nibble galore8bit rank 128, bf16 weights",
+            name="16 GiB card: nibble galore8bit in backward, rank 256, bf16 weights",
+            cap="15.5GiB",
+            batch=(8, 256),
+            optim={**GALORE, **NOW, "rank": 256},
+        ),
+        Row(
+            name="16 GiB card: nibble galore8bit layer-wise, rank 128, bf16 weights",
             cap="15.5GiB",
             batch=(8, 256),
             optim={**GALORE, "rank": 128},
@@ -102,10 +110,10 @@ ROWS = {
             int8=True,
         ),
         Row(
-            name="12 GiB card: nibble q-galore rank 512, int8 weights",
+            name="12 GiB card: nibble q-galore in backward, rank 1024, int8 weights",
             cap="11.5GiB",
-            batch=(4, 256),
-            optim={"method": "q-galore", "rank": 512, "layerwise": True},
+            batch=(8, 256),
+            optim={"method": "q-galore", "rank": 1024, "layerwise": True, **NOW},
             int8=True,
         ),
     ),

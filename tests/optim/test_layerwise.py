@@ -408,3 +408,52 @@ def test_the_stand_in_refuses_what_it_cannot_do() -> None:
 def test_what_it_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         layerwise_(Optimizer(Model().parameters(), **options))
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_backward_are_those_after_it(row: str, dtype: torch.dtype) -> None:
+    model, optimizer = build(ROWS[row], dtype=dtype)
+    layerwise_(optimizer)
+    norms = train(model, optimizer, steps=range(9))
+    other, early = build(ROWS[row], dtype=dtype)
+    layerwise_(early, in_backward=True)
+    early_norms = train(other, early, steps=range(9))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert early_norms == pytest.approx(norms, rel=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_steps_in_backward_keep_no_gradients() -> None:
+    model, optimizer = build({})
+    layerwise_(optimizer, in_backward=True)
+    before = [param.detach().clone() for param in model.parameters()]
+    losses_of(model, step=0, num_parts=1)[0].backward()
+    for param, start in zip(model.parameters(), before, strict=True):
+        if param.dim() > 1:
+            assert not torch.equal(param, start)
+            assert param.grad.small.numel() == 1 and not param.grad.sketches
+        else:
+            assert torch.equal(param, start)
+    optimizer.step()
+    states = [optimizer.state[param]["step"] for param in model.parameters()]
+    assert states == [1] * len(states)
+
+
+def test_what_steps_in_backward_cannot_serve_is_refused() -> None:
+    model, optimizer = build({})
+    handle = layerwise_(optimizer, in_backward=True)
+    one, other = losses_of(model, step=0, num_parts=2)
+    one.backward()
+    with pytest.raises(RuntimeError, match="do not clip"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="do not clip"):
+        clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="stepping in backward"):
+        small_tensors(model.parameters())
+    with pytest.raises(ConfigError, match="one pass a step"):
+        other.backward()
+    optimizer.zero_grad()
+    handle.remove()
+    losses_of(model, step=1, num_parts=1)[0].backward()
+    assert not isinstance(model.up.weight.grad, ProjectedGrad)

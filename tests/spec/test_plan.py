@@ -231,6 +231,16 @@ def test_layer_wise_gradients_are_priced_to_the_byte(precision: str, side: str) 
     assert sketches > 0 and stock.passing_gradient_bytes == sketches + largest
 
 
+def test_steps_in_backward_leave_the_gradients_of_vectors() -> None:
+    words = {"method": "galore", "rank": 8, "layerwise": True, "in_backward": True}
+    r = recipe(optim={**words, "max_grad_norm": None})
+    stock = inventory(r, from_config({"model_type": "llama", **TINY}))
+    model = meta_model("llama", TINY).to(torch.bfloat16)
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    assert stock.gradient_bytes == sum(p.nbytes for p in vectors)
+    assert stock.passing_gradient_bytes >= max(p.nbytes for p in model.parameters())
+
+
 def test_factors_take_the_place_of_their_weights() -> None:
     r = recipe(
         model={"path": "m", "from_scratch": True},

@@ -88,6 +88,9 @@ EFFECTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
            ("basis", "svd", {}), ("basis_storage", "bf16", {}), ("residual", "fira", {}),
            ("stagger", True, {}), ("lazy_threshold", 0.4, {}), ("layerwise", True, {}),
            ("targets", ["q_proj"], {}), ("weights", "int8", {}))},
+    "optim.in_backward": (
+        [{"optim": {"rank": 4, "in_backward": True, "max_grad_norm": None}}],
+        [{"optim": {"rank": 4, "layerwise": True, "in_backward": True, "max_grad_norm": None}}]),
     "optim.restart_every": ([{"optim": {"restart_every": 9}}],
                             [LORA, {"optim": {"restart_every": 9}}]),
     "optim.restart_warmup_steps": (
@@ -184,6 +187,9 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "whole gradients, layer by layer": (
         [{"optim": {"method": "fira", "layerwise": True}}],
         ["optim.layerwise", "optim.residual=fira", "optim.method=fira"]),
+    "steps in backward": (
+        [{"optim": {"rank": 4, "layerwise": True, "in_backward": True}}],
+        ["optim.in_backward", "optim.max_grad_norm=1", "max_grad_norm=null"]),
     "wrong projection": ([{"optim": {"method": "apollo", "basis_storage": "int4"}}],
                          ["basis_storage=int4", "seeded"]),
     "8-bit states, stored otherwise": (

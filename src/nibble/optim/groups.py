@@ -177,7 +177,7 @@ def build(
         **sharded,
     )
     if optim.layerwise:
-        layerwise_(optimizer)
+        layerwise_(optimizer, in_backward=optim.in_backward)
     schedule = Schedule(
         optimizer,
         name=optim.schedule,

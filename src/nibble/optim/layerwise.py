@@ -18,6 +18,11 @@ get their first real ones within FIRST_STEPS steps, spread like all refreshes wh
 `param.grad` holds the small matrix (projected_grad.py) between backward and `zero_grad`, so the
 optimiser stays an ordinary one: schedules, clipping, `zero_grad` and trainers work as they are.
 
+`in_backward` steps every matrix as soon as its gradient is there, as the paper does: then not even
+small gradients are kept, and the step is the same, bit for bit. It is for one pass a step, without
+clipping, on one device: more would step more than once, which is refused. Of a gradient remains its
+norm.
+
 Small matrices are kept in the gradient's type, or in another that is asked for: float32 for sums of
 many 16-bit micro-batches. Costs: 2 m n r flops a micro-batch to project, which the ordinary mode
 pays once a step; random columns are made again for every micro-batch of a step with a sketch. Not
@@ -49,9 +54,13 @@ BASES = ("randomised", "random")
 class Layerwise:
     """The hooks that keep an optimiser's projected gradients small; `remove` takes them off."""
 
-    def __init__(self, optimizer: Optimizer, *, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, dtype: torch.dtype | None, in_backward: bool
+    ) -> None:
         self._optimizer = optimizer
         self._dtype = dtype
+        self._in_backward = in_backward
+        self._numbers: dict[Tensor, tuple[int, int]] = {}
         self._held: dict[Tensor, ProjectedGrad] = {}
         self._found: dict[Tensor, tuple[Projection, dict[str, Any]]] = {}
         self._look_up()
@@ -61,6 +70,11 @@ class Layerwise:
             handles.append(before(self._before(weight)))  # type: ignore[no-untyped-call]
             handles.append(after(self._after))  # type: ignore[no-untyped-call]
             register_absent(weight, partial(self._absent, weight))
+        for weight in self._numbers if in_backward else ():
+            if weight not in self._found and weight.dim() > 1:
+                before, after = weight.register_hook, weight.register_post_accumulate_grad_hook
+                handles.append(before(self._before(weight)))  # type: ignore[no-untyped-call]
+                handles.append(after(self._step_now))  # type: ignore[no-untyped-call]
         handles.append(optimizer.register_step_post_hook(self._finish))
         # Loading replaces the groups and their options.
         handles.append(optimizer.register_load_state_dict_post_hook(lambda _: self._look_up()))
@@ -80,12 +94,22 @@ class Layerwise:
             for index, group in enumerate(self._optimizer.param_groups)
             for weight, projection in self._optimizer.projections(index).items()
         }
+        self._numbers = {
+            weight: (index, base)
+            for index, group in enumerate(self._optimizer.param_groups)
+            for weight, base in self._optimizer.numbered(group)
+        }
 
     def _before(self, weight: Tensor) -> Any:
         """A hook that clears the way: torch adds a new gradient in place to what is there."""
 
         def hold(_: Tensor) -> None:
             if isinstance(weight.grad, ProjectedGrad):
+                if weight.grad.spent:
+                    raise ConfigError(
+                        "a second backward before the step: stepping in backward takes one pass a "
+                        "step; use gradient_accumulation_steps=1, or in_backward=false"
+                    )
                 self._held[weight] = weight.grad
                 weight.grad = None
 
@@ -110,6 +134,19 @@ class Layerwise:
             for side, total in sketches.items():
                 total.add_(held.sketches[side])
         weight.grad = projected_grad(weight, small=small, sketches=sketches)
+        if self._in_backward:
+            self._step_now(weight)
+
+    @torch.no_grad()
+    def _step_now(self, weight: Tensor) -> None:
+        """Step with a gradient that is complete, and keep its norm only."""
+        grad = weight.grad
+        assert grad is not None
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float32).to(grad.dtype).view(1)
+        index, base = self._numbers[weight]
+        self._optimizer.step_one(weight, index=index, base=base)
+        self._refresh(weight)
+        weight.grad = projected_grad(weight, small=norm, sketches={}, spent=True)
 
     def _begun(self, weight: Tensor) -> tuple[Projection, dict[str, Any], dict[str, Any]]:
         """Projection, group and state of a parameter, the state begun."""
@@ -143,32 +180,39 @@ class Layerwise:
     def _finish(self, *unused: object) -> None:
         """After an update: new bases where sketches are complete, for the next step."""
         self._look_up()
-        for weight, (projection, _) in self._found.items():
-            grad = weight.grad
-            if not isinstance(grad, ProjectedGrad):
-                continue
-            state = self._optimizer.state[weight]
-            if state["step"] < state["next_refresh"]:
-                continue
-            if projection.low.basis == "random":
-                bases = projection.random_bases(state)
-            else:
-                number = state["num_refreshes"]
-                bases = {
-                    side: lowrank.orthonormalise(
-                        sketch, generator=projection.generator(number, side, purpose=1)
-                    )
-                    for side, sketch in grad.sketches.items()
-                }
-            if bases:
-                projection.refresh_(state, bases, step=state["step"])
-            grad.sketches.clear()
+        for weight in self._found:
+            self._refresh(weight)
+
+    def _refresh(self, weight: Tensor) -> None:
+        """A new basis for a parameter that has stepped with a complete sketch."""
+        grad = weight.grad
+        if not isinstance(grad, ProjectedGrad) or grad.spent:
+            return
+        projection, state = self._found[weight][0], self._optimizer.state[weight]
+        if state["step"] < state["next_refresh"]:
+            return
+        if projection.low.basis == "random":
+            bases = projection.random_bases(state)
+        else:
+            number = state["num_refreshes"]
+            bases = {
+                side: lowrank.orthonormalise(
+                    sketch, generator=projection.generator(number, side, purpose=1)
+                )
+                for side, sketch in grad.sketches.items()
+            }
+        if bases:
+            projection.refresh_(state, bases, step=state["step"])
+        grad.sketches.clear()
 
 
-def layerwise_(optimizer: Optimizer, *, dtype: torch.dtype | None = None) -> Layerwise:
+def layerwise_(
+    optimizer: Optimizer, *, dtype: torch.dtype | None = None, in_backward: bool = False
+) -> Layerwise:
     """Keep the gradients of an optimiser's projected parameters in the small space, from now on.
 
-    `dtype` is that of the small matrices, None for that of the gradients. Call it once, after all
+    `dtype` is that of the small matrices, None for that of the gradients. `in_backward`
+    steps in backward (one pass a step, no clipping, one device). Call it once, after all
     groups are added and before the first backward. Raises ConfigError for
     an optimiser that projects nothing, and for a group whose basis or residual needs whole
     gradients.
@@ -198,7 +242,7 @@ def layerwise_(optimizer: Optimizer, *, dtype: torch.dtype | None = None) -> Lay
             "layer-wise mode has no effect: no parameter group has a rank; give one, or leave the "
             "mode out"
         )
-    return Layerwise(optimizer, dtype=dtype)
+    return Layerwise(optimizer, dtype=dtype, in_backward=in_backward)
 
 
 def _begin_(projection: Projection, state: dict[str, Any]) -> None:

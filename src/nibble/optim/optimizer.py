@@ -34,6 +34,7 @@ from nibble.optim.batches import Kind, Piece, batches
 from nibble.optim.loading import check_loadable, copied
 from nibble.optim.options import check_constructor, check_group, check_projects
 from nibble.optim.parts import check_views, slot_dim
+from nibble.optim.projected_grad import is_spent
 from nibble.optim.projected_step import (
     ProjectedPiece,
     Store,
@@ -160,35 +161,51 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for index, group in enumerate(self.param_groups):
-            elementwise = RULES[group["rule"]].elementwise
-            plain, projected = self._pieces(index, group)
-            for kind, pieces in plain.items():
-                for batch in batches(pieces, elementwise=elementwise):
-                    _update(batch, group=group, kind=kind, index=index)
-            for kind, matrices in projected.items():
-                for some in projected_batches(matrices):
-                    step_projected_(
-                        some,
-                        group=group,
-                        kind=kind,
-                        state_noise=state_noise(group, kind, index=index),
-                        weight_noise=weight_noise(group, kind, index=index),
-                    )
+            self._step_some(index, self.numbered(group))
         return loss
 
+    @torch.no_grad()
+    def step_one(self, weight: Tensor, *, index: int, base: int) -> None:
+        """Update one parameter of group `index` as `step` would; `base` as in `numbered`."""
+        self._step_some(index, [(weight, base)])
+
+    def numbered(self, group: dict[str, Any]) -> list[tuple[Tensor, int]]:
+        """A group's parameters with the numbers of their first elements (noise.py)."""
+        found, base = [], 0
+        for weight in group["params"]:
+            found.append((weight, base))
+            base += self._num_whole(weight)
+        return found
+
+    def _step_some(self, index: int, numbered: list[tuple[Tensor, int]]) -> None:
+        group = self.param_groups[index]
+        elementwise = RULES[group["rule"]].elementwise
+        plain, projected = self._pieces(index, numbered)
+        for kind, pieces in plain.items():
+            for batch in batches(pieces, elementwise=elementwise):
+                _update(batch, group=group, kind=kind, index=index)
+        for kind, matrices in projected.items():
+            for some in projected_batches(matrices):
+                step_projected_(
+                    some,
+                    group=group,
+                    kind=kind,
+                    state_noise=state_noise(group, kind, index=index),
+                    weight_noise=weight_noise(group, kind, index=index),
+                )
+
     def _pieces(
-        self, index: int, group: dict[str, Any]
+        self, index: int, numbered: list[tuple[Tensor, int]]
     ) -> tuple[dict[Kind, list[Piece]], dict[Kind, list[ProjectedPiece]]]:
         """Parameters with gradients, their steps counted on, by what may share a batch."""
+        group = self.param_groups[index]
         plain: dict[Kind, list[Piece]] = {}
         projected: dict[Kind, list[ProjectedPiece]] = {}
         own_projections = self.projections(index)
         elementwise = RULES[group["rule"]].elementwise
-        following = 0
-        for weight in group["params"]:
+        for weight, base in numbered:
             view = self.views.get(weight)
-            base, following = following, following + self._num_whole(weight)
-            if weight.grad is None:
+            if weight.grad is None or is_spent(weight.grad):
                 continue
             # An empty part takes part in sums; where there are none, there is nothing to do.
             if weight.numel() == 0 and (

@@ -22,11 +22,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class ProjectedGrad(Tensor):
     """Stands for the gradient of a parameter and holds `small`, its projection.
 
-    `sketches` has, by side, what the next basis will be made of; empty if none is due.
+    `sketches` has, by side, what the next basis will be made of; empty if none is due. A `spent`
+    one has been stepped with already: only its norm is left, for reports.
     """
 
     small: Tensor
     sketches: dict[str, Tensor]
+    spent: bool
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ProjectedGrad({list(self.small.shape)} for {list(self.shape)})"
@@ -40,6 +42,11 @@ class ProjectedGrad(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _SCALING and any(is_spent(grad) for grad in _each(args[0])):
+            raise RuntimeError(
+                "gradients were scaled after their parameters had stepped in backward: do not "
+                "clip, and scale the loss, or step after backward"
+            )
         if func in _ON_LISTS:
             tensors = [part for grad in args[0] for part in _parts(grad, func is _FOREACH_NORM)]
             return func(tensors, *args[1:], **kwargs)
@@ -60,12 +67,18 @@ class ProjectedGrad(Tensor):
         )
 
 
-def projected_grad(like: Tensor, *, small: Tensor, sketches: dict[str, Tensor]) -> ProjectedGrad:
+def is_spent(grad: Tensor) -> bool:
+    """Whether the parameter has stepped with this gradient already."""
+    return isinstance(grad, ProjectedGrad) and grad.spent
+
+
+def projected_grad(
+    like: Tensor, *, small: Tensor, sketches: dict[str, Tensor], spent: bool = False
+) -> ProjectedGrad:
     """A stand-in for the gradient of the parameter `like`, NaN to whoever looks into it."""
     nothing = torch.full((), float("nan"), dtype=like.dtype, device=like.device)
     grad = nothing.expand(like.shape).as_subclass(ProjectedGrad)
-    grad.small = small
-    grad.sketches = sketches
+    grad.small, grad.sketches, grad.spent = small, sketches, spent
     return grad
 
 
@@ -93,14 +106,24 @@ def small_tensors(params: Iterable[Tensor]) -> list[Tensor]:
 
     Ranks whose parameters, options and seeds are equal have equal bases and so equal shapes here,
     and sums of these make the step of the sum of their batches. Gradients that are whole are not
-    among them.
+    among them. Raises RuntimeError where parameters have stepped in backward, before any sum.
     """
+    params = list(params)
+    if any(param.grad is not None and is_spent(param.grad) for param in params):
+        raise RuntimeError(
+            "gradients are summed over processes after backward, and stepping in backward does not "
+            "wait for it: use one process, or in_backward=false"
+        )
     return [
         part
         for param in params
         if isinstance(param.grad, ProjectedGrad)
         for part in _parts(param.grad, False)
     ]
+
+
+def _each(grads: Any) -> Iterable[Tensor]:
+    return (grads,) if isinstance(grads, Tensor) else grads
 
 
 def _parts(grad: Tensor, only_small: bool) -> list[Tensor]:
@@ -122,6 +145,7 @@ _ON_SMALL: set[Any] = {
     Tensor.isfinite,
 }
 _IN_PLACE: set[Any] = {Tensor.mul_, Tensor.div_, Tensor.zero_}
+_SCALING: set[Any] = {torch._foreach_mul_, Tensor.mul_, Tensor.div_}
 _QUESTIONS: set[Any] = {
     Tensor.size,
     Tensor.dim,

@@ -226,6 +226,8 @@ class Optim(Section):
     parameters or modules, or regular expressions."""
     layerwise: bool = False
     """Keep only projected gradients: none of a projected matrix outlives its layer's backward."""
+    in_backward: bool = False
+    """Step matrices in backward and keep no gradient of them: without clipping and accumulation."""
     weights: Literal["float", "int8"] = "float"
     """Projected weights as floats, or as int8 with scales and stochastic rounding (Q-GaLore)."""
 

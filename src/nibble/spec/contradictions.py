@@ -50,6 +50,19 @@ def _needs_whole_gradients(r: Recipe) -> str:
     return f"optim.basis={low.basis}" if low.basis in ("svd", "seeded") else ""
 
 
+def _wants_the_whole_step(r: Recipe) -> str:
+    """The option that cannot be served by steps in backward, or an empty string."""
+    if not r.optim.in_backward:
+        return ""
+    if r.optim.max_grad_norm is not None:
+        return f"optim.max_grad_norm={r.optim.max_grad_norm:g}"
+    if r.train.gradient_accumulation_steps > 1:
+        return f"train.gradient_accumulation_steps={r.train.gradient_accumulation_steps}"
+    if r.train.precision == "fp16":
+        return "train.precision=fp16"
+    return "" if r.place.kind in ("auto", "single") else f"place.kind={r.place.kind}"
+
+
 def _beyond_elements(r: Recipe) -> str:
     """What makes the optimiser look beyond single numbers, or an empty string."""
     if projects(r):
@@ -156,6 +169,15 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
             f"optim.layerwise with {_needs_whole_gradients(r)}: it needs whole gradients, which "
             "layer-wise mode does not keep; use basis randomised or random without a residual, "
             "or layerwise=false"
+        ),
+    ),
+    Contradiction(
+        name="steps in backward",
+        holds=lambda r: bool(_wants_the_whole_step(r)),
+        message=lambda r: (
+            f"optim.in_backward with {_wants_the_whole_step(r)}: parameters step before the whole "
+            "gradient is known; use optim.max_grad_norm=null, "
+            "train.gradient_accumulation_steps=1, bf16 or fp32 and one device, or in_backward=false"
         ),
     ),
     Contradiction(

@@ -145,6 +145,8 @@ EFFECT: tuple[Effect, ...] = (
     *(Effect(path=f"optim.{word}", where=projects, only="with optim.method or optim.rank")
       for word in ("refresh_every", "scale", "side", "basis", "basis_storage", "residual",
                    "stagger", "lazy_threshold", "layerwise")),
+    Effect(path="optim.in_backward", where=lambda r: r.optim.layerwise,
+           only="with optim.layerwise"),
     Effect(path="optim.targets", where=projects, neutral=(("all-linear",),),
            only="with optim.method or optim.rank"),
     Effect(path="optim.weights", where=projects, neutral=("float",),

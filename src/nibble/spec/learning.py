@@ -4,6 +4,7 @@
     layer-wise    of a projected one P^T G only, [rank, n], in the gradient's type; while its
                   layer's backward runs, one whole gradient; and where the next step begins with
                   new bases, a float32 sketch [side, rank] for each side
+    in backward   of matrices only those of the one that is at work
 
 Which parameters are projected is `methods.py`, the state is `state.py`: the functions that allocate
 are the functions that price, so bytes are exact. Sketches are counted at their most: staggered
@@ -62,10 +63,17 @@ def learning(optim: Optim, tensors: Mapping[str, TensorSpec]) -> Learning:
         if own is not None and has_int8_weights(optim):
             parts = int8_weight_tensors(matrix_shape(tensor.shape)).values()
             weights[name] = sum(part.nbytes for part in parts)
+        if own is None and optim.in_backward and len(tensor.shape) > 1:
+            passing = max(passing, tensor.nbytes)
+            continue
         if own is None or not optim.layerwise:
             gradients += tensor.nbytes
             continue
-        gradients += prod(own.projected_shape(tensor.shape)) * DTYPE_BYTES[tensor.dtype]
+        small = prod(own.projected_shape(tensor.shape)) * DTYPE_BYTES[tensor.dtype]
+        if optim.in_backward:
+            passing = max(passing, tensor.nbytes + small + _sketch_bytes(own, tensor.shape))
+            continue
+        gradients += small
         passing = max(passing, tensor.nbytes)
         sketches += _sketch_bytes(own, tensor.shape)
     num_projected = sum(reason is None for reason in why.values())
