@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 @dataclass(frozen=True, kw_only=True)
 class StepKernels:
-    """Triton's functions, as kernels/optimizer.py describes them."""
+    """Triton's functions, as kernels/adamw.py and kernels/move.py describe them."""
 
     adamw_: Callable[..., None]
     move_: Callable[..., None]
@@ -32,8 +32,6 @@ def step_kernels(device_type: str) -> StepKernels | None:
 @cache
 def triton_kernels() -> StepKernels:
     """Triton's functions; importing them needs triton."""
-    from nibble.kernels import optimizer
+    from nibble.kernels import adamw, move
 
-    return StepKernels(
-        adamw_=optimizer.adamw_, move_=optimizer.move_, move_int8_=optimizer.move_int8_
-    )
+    return StepKernels(adamw_=adamw.adamw_, move_=move.move_, move_int8_=move.move_int8_)

@@ -4,7 +4,7 @@
 
 with X and f of the group's residual (numerics/lowrank.py). Products are those of the gradient's
 type, by cuBLAS; what is left of a matrix's step is one pass over its weight, gradient and back(X),
-a kernel of its own on CUDA (kernels/optimizer.py) and a handful of passes elsewhere.
+a kernel of its own on CUDA (kernels/move.py) and a handful of passes elsewhere.
 
 Costs: 4 m n r flops a matrix; it is taken by rows, so that temporaries stay under 256 MiB; a basis
 is unpacked twice. A residual asks for the whole gradient.

@@ -30,7 +30,7 @@ from nibble.optim.shards import ShardView
 from nibble.optim.states import Stored, as_float32, store_rounded_, unpack, write_back_
 from nibble.spec.state import Slot
 
-FUSED_NUMEL = 1 << 17
+FUSED_NUMEL = 1 << 20
 """From here on a launch is short beside its work."""
 SlotAddress = Callable[[Slot], Address]
 """Which numbers the elements of a parameter's slot have."""
