@@ -103,6 +103,13 @@ ROWS = {
             optim={**GALORE, "rank": 128},
         ),
         Row(
+            name="12 GiB card: nibble apollo-mini in backward, int8 weights",
+            cap="11.5GiB",
+            batch=(8, 256),
+            optim={"method": "apollo-mini", "layerwise": True, **NOW},
+            int8=True,
+        ),
+        Row(
             name="12 GiB card: nibble q-galore rank 256, int8 weights",
             cap="11.5GiB",
             batch=(8, 256),
@@ -164,7 +171,7 @@ def _measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 
 def _recipe(row: Row, folder: Path, options: argparse.Namespace) -> Recipe:
     low_rank = dict(row.optim)
-    if options.tiny and "rank" in low_rank:
+    if options.tiny and low_rank.get("rank", 1) > 1:
         low_rank["rank"] = 16
     words: dict[str, dict[str, Any]] = {
         "model": {"path": str(folder)},

@@ -424,6 +424,25 @@ def test_steps_in_backward_are_those_after_it(row: str, dtype: torch.dtype) -> N
     assert early_norms == pytest.approx(norms, rel=1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"residual": "fira"},
+        {"residual": "tensor", "basis": "seeded", "rank": 1},
+        {"basis": "svd", "codec": "8bit"},
+    ],
+    ids=("fira", "apollo-mini", "svd"),
+)
+def test_what_wants_whole_gradients_steps_in_backward_as_ordinarily(row: dict[str, Any]) -> None:
+    model, optimizer = build(row, dtype=torch.bfloat16)
+    train(model, optimizer, steps=range(9))
+    other, early = build(row, dtype=torch.bfloat16)
+    layerwise_(early, in_backward=True)
+    train(other, early, steps=range(9))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_steps_in_backward_keep_no_gradients() -> None:
     model, optimizer = build({})
     layerwise_(optimizer, in_backward=True)

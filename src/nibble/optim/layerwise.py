@@ -21,12 +21,13 @@ optimiser stays an ordinary one: schedules, clipping, `zero_grad` and trainers w
 `in_backward` steps every matrix as soon as its gradient is there, as the paper does: then not even
 small gradients are kept, and the step is the same, bit for bit. It is for one pass a step, without
 clipping, on one device: more would step more than once, which is refused. Of a gradient remains its
-norm.
+norm. Where a basis or residual asks for the whole gradient, it is stepped with as it is, and the
+step is that of the ordinary mode.
 
 Small matrices are kept in the gradient's type, or in another that is asked for: float32 for sums of
 many 16-bit micro-batches. Costs: 2 m n r flops a micro-batch to project, which the ordinary mode
 pays once a step; random columns are made again for every micro-batch of a step with a sketch. Not
-possible here: bases by SVD, and residuals, both of which need whole gradients at the step.
+possible but in backward: bases by SVD, and residuals, which need whole gradients at the step.
 """
 
 from __future__ import annotations
@@ -120,6 +121,9 @@ class Layerwise:
         """Replace a fresh full gradient by its projection, added to that of earlier passes."""
         grad = weight.grad
         assert grad is not None
+        if self._in_backward and _wants_whole(self._found[weight][1]):
+            self._step_now(weight)
+            return
         projection, group, state = self._begun(weight)
         matrix = grad.reshape(projection.matrix_shape)
         left, right = projection.bases(state, dtype=matrix.dtype)
@@ -227,6 +231,8 @@ def layerwise_(
         if group["rank"] == 0:
             continue
         ranks += 1
+        if in_backward:
+            continue
         if group["basis"] not in BASES:
             raise ConfigError(
                 f"basis {group['basis']!r} needs whole gradients, which layer-wise mode does not "
@@ -243,6 +249,10 @@ def layerwise_(
             "mode out"
         )
     return Layerwise(optimizer, dtype=dtype, in_backward=in_backward)
+
+
+def _wants_whole(group: dict[str, Any]) -> bool:
+    return group["basis"] not in BASES or group["residual"] != "none"
 
 
 def _begin_(projection: Projection, state: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def _wrong_projection(r: Recipe) -> str:
 def _needs_whole_gradients(r: Recipe) -> str:
     """The option that layer-wise mode cannot serve, or an empty string."""
     low = low_rank(r.optim)
-    if not r.optim.layerwise or low is None:
+    if not r.optim.layerwise or r.optim.in_backward or low is None:
         return ""
     if low.residual != "none":
         of = "" if r.optim.residual else f" (of optim.method={r.optim.method})"
@@ -168,7 +168,7 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         message=lambda r: (
             f"optim.layerwise with {_needs_whole_gradients(r)}: it needs whole gradients, which "
             "layer-wise mode does not keep; use basis randomised or random without a residual, "
-            "or layerwise=false"
+            "in_backward=true, or layerwise=false"
         ),
     ),
     Contradiction(
