@@ -29,9 +29,10 @@ from nibble.optim.projection import Bases, Projection
 from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
 
 # Bytes of temporaries for each element of a small matrix (batches.py), and of a chunk of rows:
-# weight, update, gradient, residual.
+# weight, update, gradient, residual; of the update alone where a kernel does the rest.
 _SMALL_BYTES = 48
 _ROW_BYTES = 16
+_FUSED_ROW_BYTES = 4
 _STORES = 2
 
 
@@ -227,7 +228,7 @@ def _whole_update(piece: ProjectedPiece, update: Tensor, small_grad: Tensor) -> 
     return _Whole(small=small, bases=bases, factor=factor, matrix=matrix)
 
 
-def _chunks(whole: _Whole, num_rows: int) -> Iterator[slice]:
+def _chunks(whole: _Whole, num_rows: int, *, element_bytes: int = _ROW_BYTES) -> Iterator[slice]:
     """Slices of rows whose temporaries fit batches.BATCH_NBYTES."""
     if whole.matrix is not None:
         num_columns = whole.matrix.shape[1]
@@ -235,7 +236,7 @@ def _chunks(whole: _Whole, num_rows: int) -> Iterator[slice]:
         assert whole.small is not None
         right = whole.bases[1]
         num_columns = whole.small.shape[1] if right is None else right.shape[0]
-    size = max(1, batches.BATCH_NBYTES // _ROW_BYTES // max(1, num_columns))
+    size = max(1, batches.BATCH_NBYTES // element_bytes // max(1, num_columns))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -246,9 +247,11 @@ def _move_by_rows_(
     """Apply an update to its weight, some rows at a time."""
     weight, projection = piece.weight, piece.projection
     shape, scale, address = projection.matrix_shape, projection.low.scale, projection.address()
+    fused = step_kernels(weight.device.type) is not None
+    element_bytes = _FUSED_ROW_BYTES if fused else _ROW_BYTES
     if piece.store is not None:
         own = noise_for(group["seed"], projection.index, piece.state["step"], _STORES)
-        for rows in _chunks(whole, shape[0]):
+        for rows in _chunks(whole, shape[0], element_bytes=element_bytes):
             piece.store.move_(
                 rows,
                 whole.rows(rows),
@@ -261,7 +264,7 @@ def _move_by_rows_(
     floor = group["parameter_scale"]
     share = rate_factor(weight, floor=floor, view=projection.view) if floor > 0 else None
     rows_of = weight if weight.dim() == 2 else weight.reshape(shape)
-    for rows in _chunks(whole, shape[0]):
+    for rows in _chunks(whole, shape[0], element_bytes=element_bytes):
         _move_rows_(
             rows_of[rows],
             whole.rows(rows),
