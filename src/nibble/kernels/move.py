@@ -40,10 +40,10 @@ def _total(
     if UPDATE:
         total += tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
     if FACTOR > 0:
-        which = row if FACTOR == 2 else column
         if FACTOR == 1:
-            which = at * 0
-        f = tl.load(factor + which, mask=inside, other=0.0)
+            f = tl.load(factor)
+        else:
+            f = tl.load(factor + (row if FACTOR == 2 else column), mask=inside, other=0.0)
         total += tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * f
     return total
 
@@ -76,7 +76,9 @@ def _move_kernel(
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < numel
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    total = _total(update, grad, factor, at, at // columns, at % columns, inside, UPDATE, FACTOR)
+    small = at.to(tl.int32)
+    row, column = small // columns, small % columns
+    total = _total(update, grad, factor, at, row, column, inside, UPDATE, FACTOR)
     lost = decay
     if SHARE:
         one = tl.load(share)

@@ -19,15 +19,21 @@ Place = tuple[int, int, int, int]
 """base, start, width, stride: element i is number base + (i + start) // width * stride +
 (i + start) % width; width 0: base + start + i."""
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
-CHANGING = ["numel", "rate", "decay", "key0", "key1", "base", "start", "width", "stride"]
-"""Arguments that change from step to step: no variant of a kernel is compiled for their values."""
+CHANGING = ["rate", "decay", "key0", "key1", "base", "start", "width", "stride"]
+"""Arguments that change from step to step: no variant of a kernel is compiled for their values.
+
+Not the number of elements: a mask by one that is known to be a multiple of 16 lets every thread
+load 16 bytes at once, and without that all loads and stores are of single elements.
+"""
 
 
 @triton.jit
 def random_bits(element, key0, key1, base, start, width, stride, CUT: tl.constexpr):
     at = element.to(tl.int64) + start
     if CUT:
-        at = at // width * stride + at % width
+        # Division of 64 bits takes four times as long; a part has fewer than 2^31 elements.
+        small = at.to(tl.int32)
+        at = (small // width).to(tl.int64) * stride + small % width
     word = (at + base).to(tl.uint32) * 0x9E3779B1 + key0.to(tl.uint32)
     word = word ^ (word >> 16)
     word = word * 0x7FEB352D
