@@ -12,6 +12,8 @@ from nibble.place.offload import HostPool
 
 pytestmark = [
     pytest.mark.gpu,
+    # Kernels that cannot do what is asked for here say so by a warning.
+    pytest.mark.filterwarnings("ignore:.*determinis"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 NONE = Activations(policy="none")

@@ -16,6 +16,8 @@ from nibble.spec.config import Place
 
 pytestmark = [
     pytest.mark.gpu,
+    # Kernels that cannot do what is asked for here say so by a warning.
+    pytest.mark.filterwarnings("ignore:.*determinis"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 LATE_CYCLES = 2_000_000
