@@ -315,7 +315,7 @@ def _given_ms(tensors: Set, device: torch.device) -> float:
         _drop(tensors)
         times_s.append(_timed(lambda: _give(tensors), device))
     _drop(tensors)
-    return statistics.median(times_s[1:]) * 1e3
+    return min(times_s[1:]) * 1e3
 
 
 def _update(

@@ -28,6 +28,8 @@ BATCH_NBYTES = 256 * 2**20
 # its denominator. Else copies of gradient, weight and two states, and an encoder's scratch.
 _PLAIN_BYTES = 8
 _UNPACKED_BYTES = 48
+# A kernel that takes a tensor's whole step leaves the update.
+_FUSED_BYTES = 8
 
 
 class Piece(NamedTuple):
@@ -92,20 +94,24 @@ class Kind(NamedTuple):
         return (codes, absmax) if codes in self.names else (slot.name,)
 
 
-def batches(pieces: list[Piece], *, elementwise: bool) -> Iterator[list[Piece]]:
+def batches(
+    pieces: list[Piece], *, elementwise: bool, fused: bool = False
+) -> Iterator[list[Piece]]:
     """Pieces of one kind in lists whose temporaries fit BATCH_NBYTES; larger ones are cut.
 
     A whole tensor above the bound makes a batch of its own under a rule that is not elementwise.
+    `fused`: a kernel takes large slices, so that there may be fewer of them.
     """
     tensors = [value for value in pieces[0].state.values() if isinstance(value, Tensor)]
     plain = elementwise and all(
         tensor.dtype == torch.float32 for tensor in (pieces[0].weight, pieces[0].grad, *tensors)
     )
     limit = BATCH_NBYTES // (_PLAIN_BYTES if plain else _UNPACKED_BYTES) // BLOCK * BLOCK
+    longest = BATCH_NBYTES // _FUSED_BYTES // BLOCK * BLOCK if fused else limit
     batch: list[Piece] = []
     num_elements = 0
     for piece in pieces:
-        for part in _slices(piece, limit) if elementwise else (piece,):
+        for part in _slices(piece, longest) if elementwise else (piece,):
             if batch and num_elements + part.numel > limit:
                 yield batch
                 batch, num_elements = [], 0

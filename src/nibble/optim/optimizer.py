@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from nibble.errors import ConfigError
+from nibble.kernels.steps import step_kernels
 from nibble.numerics.updates import RULES
 from nibble.optim.batches import Kind, Piece, batches
 from nibble.optim.loading import check_loadable, copied
@@ -182,7 +183,8 @@ class Optimizer(torch.optim.Optimizer):
         elementwise = RULES[group["rule"]].elementwise
         plain, projected = self._pieces(index, numbered)
         for kind, pieces in plain.items():
-            for batch in batches(pieces, elementwise=elementwise):
+            fused = group["rule"] == "adamw" and step_kernels(kind.device.type) is not None
+            for batch in batches(pieces, elementwise=elementwise, fused=fused):
                 _update(batch, group=group, kind=kind, index=index)
         for kind, matrices in projected.items():
             for some in projected_batches(matrices):
