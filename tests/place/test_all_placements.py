@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import start
 
-PLACEMENTS = ("ddp", "stream")
+PLACEMENTS = ("ddp", "stream", "fsdp")
 FORMATS = ("none", "nf4", "int8", "hqq")
 STEPS, FEW = 20, 3
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(40)), "a", "b", "c", "is", "the", "of"]
