@@ -157,7 +157,8 @@ class Layerwise:
         projection, group = self._found[weight]
         state = self._optimizer.state[weight]
         if not state:
-            initialise_(state, weight, group=group, projection=projection)
+            view = projection.view
+            initialise_(state, weight, group=group, view=view, projection=projection)
         if state["num_refreshes"] == 0:
             _begin_(projection, state)
         return projection, group, state

@@ -69,12 +69,13 @@ def _check_state(
     low: LowRank | None,
 ) -> None:
     """Raise CheckpointError unless a saved state has exactly the tensors that we would make."""
-    shape = tuple(weight.shape)
+    shape, of = tuple(weight.shape), view.shape
     specs = {}
     if low is not None and low.projects(view.shape):
         specs = low.tensors(view.shape)
         shape = small_shape(low, part_of(view, shape), view.shape)
-    specs |= state_tensors(group["rule"], codec=group["codec"], shape=shape)
+        of = low.projected_shape(view.shape)
+    specs |= state_tensors(group["rule"], codec=group["codec"], shape=shape, whole=of)
     expected = {name: (spec.shape, DTYPES[spec.dtype]) for name, spec in specs.items()}
     found = {
         name: (tuple(value.shape), value.dtype)

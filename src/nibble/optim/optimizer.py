@@ -47,7 +47,7 @@ from nibble.optim.shards import ShardView, whole
 from nibble.optim.states import new_slot
 from nibble.optim.update import advance, move_, rate_factor, state_noise, weight_noise
 from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
-from nibble.spec.state import Slot, slot_tensors, slots
+from nibble.spec.state import Slot, slots
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -307,7 +307,8 @@ class Optimizer(torch.optim.Optimizer):
         """The state of a parameter, made if need be, with its step counted on."""
         state: dict[str, Any] = self.state[weight]
         if not state:
-            initialise_(state, weight, group=group, projection=projection)
+            view = self.view(weight)
+            initialise_(state, weight, group=group, view=view, projection=projection)
         state["step"] += 1
         return state
 
@@ -374,16 +375,16 @@ def initialise_(
     weight: Tensor,
     *,
     group: dict[str, Any],
+    view: ShardView,
     projection: Projection | None,
 ) -> None:
     """Fill an empty state with zeros and step 0."""
     state["step"] = 0
-    shape = tuple(weight.shape)
+    shape, of = tuple(weight.shape), view.shape
     if projection is not None:
         projection.initialise_(state)
-        shape = projection.small_shape
+        shape, of = projection.small_shape, projection.low.projected_shape(view.shape)
     own_slots: tuple[Slot, ...] = slots(group["rule"], num_dims=len(shape))
     for slot in own_slots:
-        names = slot_tensors(slot, codec=group["codec"], shape=shape)
-        tensors = new_slot(slot, codec=group["codec"], shape=shape, device=weight.device)
-        state.update(zip(names, tensors, strict=True))
+        made = new_slot(slot, codec=group["codec"], shape=shape, whole=of, device=weight.device)
+        state.update(made)

@@ -45,15 +45,19 @@ class Unpacked:
     flat: Tensor | None
 
 
-def new_slot(slot: Slot, *, codec: str, shape: tuple[int, ...], device: torch.device) -> Stored:
-    """Zero state of one slot for a parameter of `shape`, as the codec stores it."""
-    specs = slot_tensors(slot, codec=codec, shape=shape)
-    tensors = [
-        torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in specs.values()
-    ]
-    if len(tensors) == 2:
-        tensors[0].fill_(codec8.zero_code(signed=slot.signed))
-    return tuple(tensors)
+def new_slot(
+    slot: Slot, *, codec: str, shape: tuple[int, ...], whole: tuple[int, ...], device: torch.device
+) -> dict[str, Tensor]:
+    """Zero state of one slot for a part of `shape` of a `whole` parameter, by name."""
+    specs = slot_tensors(slot, codec=codec, shape=shape, whole=whole)
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+        for name, spec in specs.items()
+    }
+    codes = tensors.get(f"{slot.name}_codes")
+    if codes is not None:
+        codes.fill_(codec8.zero_code(signed=slot.signed))
+    return tensors
 
 
 def num_padded(numel: int) -> int:

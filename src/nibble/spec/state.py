@@ -131,10 +131,16 @@ def stored_as(codec: str, numel: int) -> str:
     return "fp32" if codec == "8bit" and numel < MIN_8BIT_NUMEL else codec
 
 
-def slot_tensors(slot: Slot, *, codec: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-    """Tensors that store `slot` for a parameter of `shape`, by the names they have in the state."""
+def slot_tensors(
+    slot: Slot, *, codec: str, shape: tuple[int, ...], whole: tuple[int, ...] | None = None
+) -> dict[str, TensorSpec]:
+    """Tensors that store `slot` for a parameter of `shape`, by the names they have in the state.
+
+    `whole`: the shape of which this is a part; it says whether 8 bits are worth it, so that all who
+    hold parts store them alike.
+    """
     own = slot.shape(shape)
-    stored = stored_as(codec, prod(own))
+    stored = stored_as(codec, prod(slot.shape(shape if whole is None else whole)))
     if stored == "8bit":
         num_blocks = -(-prod(own) // BLOCK)
         return {
@@ -145,11 +151,17 @@ def slot_tensors(slot: Slot, *, codec: str, shape: tuple[int, ...]) -> dict[str,
 
 
 def state_tensors(
-    rule: str, *, codec: str, shape: tuple[int, ...], low_rank: LowRank | None = None
+    rule: str,
+    *,
+    codec: str,
+    shape: tuple[int, ...],
+    low_rank: LowRank | None = None,
+    whole: tuple[int, ...] | None = None,
 ) -> dict[str, TensorSpec]:
     """All state tensors of a parameter of `shape`, by name.
 
     `low_rank` is its group's projection, which a parameter too small for it does not have.
+    `whole`: as in `slot_tensors`, for a parameter that is not projected.
     """
     tensors: dict[str, TensorSpec] = {}
     own = shape
@@ -157,7 +169,7 @@ def state_tensors(
         tensors |= low_rank.tensors(shape)
         own = low_rank.projected_shape(shape)
     for slot in slots(rule, num_dims=len(own)):
-        tensors |= slot_tensors(slot, codec=codec, shape=own)
+        tensors |= slot_tensors(slot, codec=codec, shape=own, whole=whole)
     return tensors
 
 

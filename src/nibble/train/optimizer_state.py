@@ -161,10 +161,10 @@ def _read_state(
         if not is_8bit or slot not in SIGNED:
             found[key] = file.read(f"{name}/{key}", dim, rows)
             continue
+        # Whether 8 bits are worth it is said by the whole; by the part of one cut as a line.
         numel = torch.Size(shape).numel()
-        if dim is not None and rows is not None:
-            along = numel if dim == FLAT else shape[dim]
-            numel = numel // max(1, along) * (rows.stop - rows.start)
+        if dim == FLAT and rows is not None:
+            numel = rows.stop - rows.start
         as_8bit = stored_as("8bit", numel) == "8bit"
         found |= file.read_slot(f"{name}/{slot}", dim, rows, as_8bit=as_8bit)
     return found
