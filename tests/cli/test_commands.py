@@ -89,7 +89,12 @@ def test_interrupted_and_resumed_equals_the_straight_run(world: Path, tmp_path: 
     done = subprocess.run(resumed, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout
-    for name in ("trained.safetensors", "optimizer.safetensors", "rng.pt", "adapter_model.safetensors"):
+    for name in (
+        "trained.safetensors",
+        "optimizer.safetensors",
+        "rng.pt",
+        "adapter_model.safetensors",
+    ):
         a, b = (tmp_path / x / "checkpoint-40" / name for x in "ab")
         assert a.read_bytes() == b.read_bytes(), name
 

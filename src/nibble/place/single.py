@@ -51,7 +51,7 @@ class Single:
         """What adds gradients over the processes, from the first step on."""
         if self.device.type == "cuda":
             # Memory is asked about, and kernels are launched, on the present device.
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.set_device(self.device)
         if place.vram is not None:
             cap_vram(self.device, parse_bytes(place.vram))

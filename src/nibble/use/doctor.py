@@ -130,7 +130,11 @@ def _judge_gpu(gpu: Gpu, about: str) -> Finding:
 def check_processes(facts: Facts) -> list[Finding]:
     """What `nibble train` starts here, and what would hold its processes back."""
     count = len(facts.gpus)
-    text = f"nibble train starts {count}, one for each GPU" if count > 1 else "nibble train runs as one"
+    text = (
+        f"nibble train starts {count}, one for each GPU"
+        if count > 1
+        else "nibble train runs as one"
+    )
     if facts.launcher is not None:
         text = f"started by {facts.launcher}"
     if count > 1 and not facts.has_nccl:
