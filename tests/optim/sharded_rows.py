@@ -22,6 +22,10 @@ SHAPES = (
 """Tall, wide, square, uneven; a stack, a kernel; three that rank 8 does not project, of which the
 last leaves the second of two processes nothing."""
 
+UNEVEN = ((100, 70), (160, 70), (127, 70), (117, 70))
+"""The larger part of the last two is worth 8 bits under some rule below, the smaller is not: what
+processes add must not hang on that."""
+
 CUTS: dict[str, Callable[[tuple[int, ...]], int | None]] = {
     "rows": lambda shape: 0,
     "last": lambda shape: len(shape) - 1 if len(shape) <= 3 else 0,
@@ -56,6 +60,27 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "fira randomised": {"rank": 8, "basis": "randomised", "residual": "fira"},
     "adamw 8bit": {"codec": "8bit"},
+    "galore 8bit, uneven": {
+        "rank": 64,
+        "basis": "randomised",
+        "proj_type": "right",
+        "codec": "8bit",
+        "shapes": UNEVEN,
+    },
+    "adafactor 8bit, uneven": {
+        "rule": "adafactor_momentum",
+        "parameter_scale": 1e-3,
+        "codec": "8bit",
+        "shapes": UNEVEN,
+    },
+    "fira 8bit, uneven": {
+        "rank": 64,
+        "basis": "randomised",
+        "proj_type": "right",
+        "residual": "fira",
+        "codec": "8bit",
+        "shapes": UNEVEN,
+    },
     # Noise belongs to elements of the whole: every bit is the same.
     "adamw bf16, rounded": {"codec": "bf16", "dtype": "bf16", "stochastic_rounding": True},
     "lion bf16, rounded": {"rule": "lion", "dtype": "bf16", "stochastic_rounding": True},

@@ -12,17 +12,25 @@ import torch.distributed as dist
 from sharded_rows import CUTS, LAYERWISE, ROWS, SHAPES, STEPS
 from torch import Tensor, nn
 
+from nibble.numerics import codec8
 from nibble.optim import Optimizer, clip_grad_norm_, layerwise_
 from nibble.optim.projected_grad import absent_grad, small_tensors
 from nibble.optim.shards import ShardView
+from nibble.place.group import Group
+from nibble.place.shard_views import collected
+from nibble.spec.config import Place
+from nibble.spec.state import BLOCK
+from nibble.train.optimizer_state import read_optimizer, write_optimizer
+from nibble.train.state import TrainState
 
 LAYERWISE_STEPS = 12
+Shapes = Sequence[tuple[int, ...]]
 
 
-def gradients(step: int) -> list[Tensor]:
+def gradients(step: int, shapes: Shapes = SHAPES) -> list[Tensor]:
     """Gradients with a few strong directions, which turn slowly."""
     found = []
-    for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(shapes):
         generator = torch.Generator().manual_seed(1000 * step + number)
         noise = torch.randn(shape, generator=generator)
         if len(shape) < 2:
@@ -37,9 +45,9 @@ def gradients(step: int) -> list[Tensor]:
     return found
 
 
-def weights() -> list[Tensor]:
+def weights(shapes: Shapes = SHAPES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(99)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def part(
@@ -66,18 +74,133 @@ class Sums:
             dist.all_reduce(tensor)
 
 
-def run(row: dict[str, Any], cut: str, *, rank: int, world: int, resume: bool) -> dict[str, Any]:
-    """Weights of the sharded run and, of the same run on one process, the parts of them."""
+class Cut:
+    """As much of a placement as checkpoints ask for, of parameters that are cut as views say."""
+
+    def __init__(self, group: Group, views: dict[str, ShardView]) -> None:
+        self.group, self.views = group, views
+        self.rank, self.num_parts = group.rank, group.world
+
+    def view(self, name: str) -> ShardView:
+        return self.views[name]
+
+    def whole(self, own: Tensor, dim: int | None, sizes: Sequence[int]) -> Tensor | None:
+        if dim is None:
+            return own.detach().clone() if self.rank == 0 else None
+        return collected(self.group, own, dim, sizes)
+
+
+def on_disk(optimizer: Optimizer, params: list[nn.Parameter], place: Cut | None) -> TrainState:
+    """What the functions that write and read states look at."""
+    named = {f"w{number}": param for number, param in enumerate(params)}
+    unused: Any = None
+    return TrainState(unused, optimizer, unused, unused, parameters=named, place=place)
+
+
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with 8-bit slots decoded."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if name.endswith("_absmax"):
+            continue
+        if not name.endswith("_codes") or name.startswith("basis"):
+            found[name] = value
+            continue
+        slot = name.removesuffix("_codes")
+        signed = "sq" not in slot
+        absmax = state[f"{slot}_absmax"]
+        codes = torch.full((absmax.numel() * BLOCK,), codec8.zero_code(signed=signed)).byte()
+        codes[: value.numel()] = value.reshape(-1)
+        values = codec8.decode_blocks(codes.view(-1, BLOCK), absmax, signed=signed)
+        found[slot] = values.view(-1)[: value.numel()].view(value.shape)
+    return found
+
+
+def differ(found: Any, expected: Any, *, bound: float) -> bool:
+    """Whether a state tensor or number is another; `bound`: of the largest value."""
+    if not isinstance(expected, Tensor):
+        return bool(found != expected)
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return True
+    if bound == 0 or not expected.is_floating_point() or expected.numel() == 0:
+        return not torch.equal(found, expected)
+    return bool((found - expected).abs().max() > bound * expected.abs().max())
+
+
+def resumed(
+    two: Optimizer,
+    own: list[nn.Parameter],
+    folder: Path,
+    *,
+    group: Group,
+    options: dict[str, Any],
+) -> tuple[Optimizer, list[str]]:
+    """An optimiser that goes on from the files of this one, and what is wrong with it, and with
+    those that one process reads and writes.
+    """
+    views = {f"w{n}": two.view(param) for n, param in enumerate(own)}
+    cut = Cut(group, views)
+    if group.is_first:
+        (folder / "two").mkdir(parents=True)
+        (folder / "one").mkdir()
+    group.barrier("folders")
+    write_optimizer(folder / "two", on_disk(two, own, cut))
+    group.barrier("written")
+    again = Optimizer(own, views=two.views, **options)
+    read_optimizer(folder / "two", on_disk(again, own, cut))
+    wrong = [
+        f"again: {n} {name}"
+        for n, param in enumerate(own)
+        for name, value in two.state[param].items()
+        if differ(again.state[param].get(name), value, bound=0)
+    ]
+    # One process reads what two wrote, and two read what it writes.
+    dtype = own[0].dtype
+    params = [nn.Parameter(torch.zeros(views[f"w{n}"].shape, dtype=dtype)) for n in range(len(own))]
+    one = Optimizer(params, **options)
+    read_optimizer(folder / "two", on_disk(one, params, None))
+    if group.is_first:
+        write_optimizer(folder / "one", on_disk(one, params, None))
+    group.barrier("one wrote")
+    back = Optimizer(own, views=two.views, **options)
+    read_optimizer(folder / "one", on_disk(back, own, cut))
+    bound = 0.02 if options.get("codec") == "8bit" else 0.0
+    for number, param in enumerate(own):
+        dims, view = two.split_dims(param), two.view(param)
+        of_one, mine, theirs = (
+            plain(state) for state in (one.state[params[number]], two.state[param],
+                                       back.state[param])
+        )  # fmt: skip
+        for name, value in mine.items():
+            expect, dim = of_one[name], dims.get(name)
+            if dim is not None and view.dim is not None:
+                size = view.shape[view.dim]
+                expect = part(expect, dim, rank=group.rank, world=group.world, size=size)[0]
+            if differ(expect, value, bound=bound):
+                wrong.append(f"on one: {number} {name}")
+            if differ(theirs[name], value, bound=2 * bound):
+                wrong.append(f"back on two: {number} {name}")
+    return again, wrong
+
+
+def run(row: dict[str, Any], cut: str, *, group: Group, folder: Path | None) -> dict[str, Any]:
+    """Weights of the sharded run and, of the same run on one process, the parts of them.
+
+    With a folder, the sharded run stops after six steps and goes on from its files.
+    """
+    rank, world = group.rank, group.world
+    wrong: list[str] = []
     options = {"lr": 1e-2, "weight_decay": 0.01, "update_proj_gap": 4, **row}
     dtype = torch.bfloat16 if options.pop("dtype", "") == "bf16" else torch.float32
+    shapes = options.pop("shapes", SHAPES)
     if options.get("rank", 0) == 0:
         del options["update_proj_gap"]
-    alone = [nn.Parameter(weight.to(dtype)) for weight in weights()]
+    alone = [nn.Parameter(weight.to(dtype)) for weight in weights(shapes)]
     one = Optimizer(alone, **options)
     sums = Sums()
-    dims = [CUTS[cut](shape) for shape in SHAPES]
+    dims = [CUTS[cut](shape) for shape in shapes]
     own, views = [], {}
-    for weight32, dim in zip(weights(), dims, strict=True):
+    for weight32, dim in zip(weights(shapes), dims, strict=True):
         weight = weight32.to(dtype)
         if dim is None:
             own.append(nn.Parameter(weight))
@@ -87,16 +210,14 @@ def run(row: dict[str, Any], cut: str, *, rank: int, world: int, resume: bool) -
         views[own[-1]] = ShardView(shape=tuple(weight.shape), dim=dim, start=start, sum_=sums)
     two = Optimizer(own, views=views, **options)
     for step in range(STEPS):
-        for a, b, dim, grad32 in zip(alone, own, dims, gradients(step), strict=True):
+        for a, b, dim, grad32 in zip(alone, own, dims, gradients(step, shapes), strict=True):
             grad = grad32.to(dtype)
             a.grad = grad
             b.grad = grad.clone() if dim is None else part(grad, dim, rank=rank, world=world)[0]
         one.step()
         two.step()
-        if resume and step == 5:
-            saved = two.state_dict()
-            two = Optimizer(own, views=views, **options)
-            two.load_state_dict(saved)
+        if folder is not None and step == 5:
+            two, wrong = resumed(two, own, folder, group=group, options=options)
     expected = [
         w.detach() if d is None else part(w.detach(), d, rank=rank, world=world)[0]
         for w, d in zip(alone, dims, strict=True)
@@ -110,7 +231,7 @@ def run(row: dict[str, Any], cut: str, *, rank: int, world: int, resume: bool) -
                 continue
             expect = one.state[a][name]
             if dim is not None:
-                size = SHAPES[number][dims[number]]
+                size = shapes[number][dims[number]]
                 expect = part(expect, dim, rank=rank, world=world, size=size)[0]
             if not torch.allclose(value, expect, atol=2e-3, rtol=1e-2):
                 states_differ.append(f"{number} {name} {dim}")
@@ -119,6 +240,7 @@ def run(row: dict[str, Any], cut: str, *, rank: int, world: int, resume: bool) -
         "expected": expected,
         "sizes": sums.sizes,
         "states_differ": states_differ,
+        "wrong_on_disk": wrong,
     }
 
 
@@ -184,16 +306,17 @@ def reduce_(params: list[nn.Parameter]) -> int:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    group = Group.from_environment(Place(device="cpu"))
+    rank, world = group.rank, group.world
     found: dict[str, Any] = {}
     for name, row in ROWS.items():
         for cut in CUTS:
-            found[f"{name}, {cut}"] = run(row, cut, rank=rank, world=world, resume=cut == "mixed")
+            files = folder / name if cut == "last" else None
+            found[f"{name}, {cut}"] = run(row, cut, group=group, folder=files)
     for name, row in LAYERWISE.items():
         found[name] = layerwise(row, rank=rank, world=world)
     torch.save(found, folder / f"sharded-{rank}.pt")
-    dist.destroy_process_group()
+    group.close()
 
 
 if __name__ == "__main__":

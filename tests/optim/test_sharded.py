@@ -41,7 +41,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         )
     try:
         for process in running:
-            output, _ = process.communicate(timeout=180)
+            output, _ = process.communicate(timeout=120)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in running:
@@ -55,7 +55,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ROWS)
 def test_two_parts_step_as_the_whole(name: str, cut: str, seen: list[dict[str, Any]]) -> None:
     for found in (rank[f"{name}, {cut}"] for rank in seen):
-        for shape, own, expected in zip(SHAPES, found["own"], found["expected"], strict=True):
+        shapes = ROWS[name].get("shapes", SHAPES)
+        for shape, own, expected in zip(shapes, found["own"], found["expected"], strict=True):
             codec = ROWS[name].get("codec", "fp32")
             # Blocks of 256 begin anew in each part.
             bound = 1e-5 if codec == "fp32" else 2e-2
@@ -63,6 +64,7 @@ def test_two_parts_step_as_the_whole(name: str, cut: str, seen: list[dict[str, A
                 assert torch.equal(own, expected), shape
             assert (own - expected).norm() <= bound * expected.norm() + 1e-12, shape
         assert found["states_differ"] == []
+        assert found["wrong_on_disk"] == []
     assert seen[0][f"{name}, {cut}"]["sizes"] == seen[1][f"{name}, {cut}"]["sizes"]
 
 

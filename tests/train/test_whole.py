@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from nibble.optim.shards import FLAT
 from nibble.place.shard_views import part
 from nibble.train.whole import (
     ABSMAX,
     CODES,
     Piece,
     WholeFile,
+    _decoded,
     encoded_blocks,
     in_one_codec,
     write_whole,
@@ -126,6 +128,39 @@ def test_8bit_state_is_exact_for_the_same_cut_and_close_for_another(
     values = torch.cat(again, dim=dim)
     assert (values - whole).abs().max() < 0.02 * whole.abs().max()
     assert not torch.equal(values, whole)
+
+
+@pytest.mark.parametrize("saved", [0, 1, FLAT])
+@pytest.mark.parametrize("read", [None, 0, 1, FLAT])
+@pytest.mark.parametrize("as_8bit", [False, True])
+def test_8bit_state_is_read_along_another_dim_or_whole(
+    saved: int, read: int | None, as_8bit: bool, tmp_path: Path
+) -> None:
+    """Sharded by rows, columns or in a line, a run goes on in one process or cut otherwise."""
+    whole = torch.randn(50, 150, generator=torch.Generator().manual_seed(0))
+    if saved == FLAT:
+        line = whole.reshape(-1)
+        parts = [coded(t.contiguous(), FLAT) for t in (line[:3800], line[3800:])]
+        codes = [p["w/exp_avg_codes"] for p in parts]
+        for pieces, code in zip(parts, codes, strict=True):
+            pieces["w/exp_avg_codes"] = Piece(tensor=code.tensor, dim=FLAT, shape=whole.shape)
+    else:
+        parts = [coded(t.contiguous(), saved) for t in cut(whole, 2, saved)]
+    path = tmp_path / "f.safetensors"
+    place = Together(others=parts[1:], mine=parts[0])
+    sizes = write_whole(path, parts[0], place)  # type: ignore[arg-type]
+    name = "w/exp_avg_codes"
+    file = WholeFile(path, {name: sizes[name]}, {name: saved})
+    rows = None if read is None else slice(20, 40)
+    found = file.read_slot("w/exp_avg", read, rows, as_8bit=as_8bit)
+    expected = whole.reshape(-1) if read == FLAT else whole
+    if read is not None:
+        expected = expected[:, rows] if read == 1 else expected[rows]
+    if as_8bit:
+        found = {"exp_avg": _decoded(found["exp_avg_codes"], found["exp_avg_absmax"], "exp_avg")}
+    assert found["exp_avg"].shape == expected.shape
+    # Coded once or twice, each time to less than 2 % of a block's largest value.
+    assert (found["exp_avg"] - expected).abs().max() < 0.03 * whole.abs().max()
 
 
 def test_a_part_too_small_for_8_bits_decodes_the_others(tmp_path: Path) -> None:

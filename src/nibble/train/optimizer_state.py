@@ -3,7 +3,7 @@
     optimizer.safetensors    PARAMETER/STATE
     optimizer.json           groups with the names of their parameters, each parameter's state in
                              order (numbers, such as steps; null for tensors), sizes of the parts
-                             of 8-bit states
+                             of 8-bit states and the dims along which they were cut
 
 So it knows neither the order of parameters nor how many processes held them. A state tensor is cut
 as the optimiser says (`split_dims`); another library's is cut as its parameter is where it has its
@@ -70,7 +70,8 @@ def write_optimizer(folder: Path, state: TrainState) -> None:
         for group, own in zip(state.optimizer.param_groups, _grouped(state), strict=True)
     ]
     cuts = {name: parts for name, parts in sizes.items() if name.endswith(CODES)}
-    text = {"groups": groups, "states": states, "sizes": cuts}
+    dims = {name: pieces[name].dim for name in cuts}
+    text = {"groups": groups, "states": states, "sizes": cuts, "dims": dims}
     (folder / NUMBERS).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
 
@@ -106,10 +107,11 @@ def read_optimizer(folder: Path, state: TrainState) -> None:
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
         groups, states, sizes = text["groups"], text["states"], text["sizes"]
+        cuts = text.get("dims", {})
         listed = [list(group["params"]) for group in groups]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): use an older checkpoint") from None
-    file = WholeFile(folder / TENSORS, sizes)
+    file = WholeFile(folder / TENSORS, sizes, cuts)
     own = _grouped(state)
     if listed != own:
         raise CheckpointError(

@@ -5,8 +5,9 @@
     reading   every process reads its own slice
 
 Names of optimiser state are `PARAMETER/STATE`. Block-wise 8-bit state (numerics/codec8.py) is kept
-as the parts had it, with their sizes beside it: a process that holds the same part again gets the
-same bytes, and any other cut goes through fp32 and is encoded anew. It never computes anything else
+as the parts had it, with their sizes and the dim that was cut beside it: a process that holds the
+same part again gets the same bytes, and any other cut, or none, goes through fp32 and is encoded
+anew. It never computes anything else
 and knows no devices.
 """
 
@@ -133,11 +134,19 @@ def in_one_codec(pieces: dict[str, Piece], place: Placement | None) -> list[str]
 class WholeFile:
     """A file of whole tensors, of which slices are read. Raises CheckpointError for a damaged
     one.
+
+    `sizes` are those of the parts of 8-bit codes by name, `dims` along what they were cut (not
+    given: as a reader cuts them).
     """
 
-    def __init__(self, path: Path, sizes: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        dims: Mapping[str, int] | None = None,
+    ) -> None:
         self._path = path
-        self._sizes = sizes or {}
+        self._sizes, self._dims = sizes or {}, dims or {}
         try:
             self._file: Any = safe_open(path, framework="pt")
             self.names = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
@@ -191,6 +200,14 @@ class WholeFile:
         if f"{name}{CODES}" not in self.names:
             values = self.read(name, dim, rows)
             return _encoded(values, slot) if as_8bit else {slot: values}
+        cut = self._dims.get(f"{name}{CODES}", dim)
+        if cut != dim:
+            values = self._decoded_whole(name, cut)
+            if dim == FLAT:
+                values = values.reshape(-1)
+            if dim is not None and rows is not None:
+                values = values[(*(slice(None),) * dim, rows)]
+            return _encoded(values, slot) if as_8bit else {slot: values}
         parts = self._parts(name, dim, rows)
         if as_8bit and len(parts) == 1 and parts[0].is_all:
             codes, absmax = self._coded(name, dim, parts[0])
@@ -208,9 +225,19 @@ class WholeFile:
             return {slot: values}
         return _encoded(values, slot)
 
+    def _decoded_whole(self, name: str, cut: int | None) -> Tensor:
+        """fp32 of all parts of a state together, which were cut along `cut`."""
+        slot = name.rpartition("/")[2]
+        values = [
+            _decoded(*self._coded(name, cut, part), slot) for part in self._parts(name, cut, None)
+        ]
+        return torch.cat(values, dim=cut or 0).view(self.shape(f"{name}{CODES}"))
+
     def _parts(self, name: str, dim: int | None, rows: slice | None) -> list[_Stored]:
         """The stored parts that the wanted indices lie in."""
         shape = self.shape(f"{name}{CODES}")
+        if dim == FLAT:
+            shape = (prod(shape),)
         along = 0 if dim is None else dim
         size = shape[along] if shape else 1
         cuts = list(self._sizes.get(f"{name}{CODES}", [size]))
