@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from nibble.numerics import codec8
 from nibble.optim import Optimizer, clip_grad_norm_, layerwise_
-from nibble.optim.projected_grad import absent_grad, small_tensors
 from nibble.optim.shards import ShardView
 from nibble.place.group import Group
+from nibble.place.reduce import Reducer
 from nibble.place.shard_views import collected
 from nibble.spec.config import Place
 from nibble.spec.state import BLOCK
@@ -261,61 +262,51 @@ class Net(nn.Module):
         return self.down(hidden)
 
 
-def layerwise(row: dict[str, Any], *, rank: int, world: int) -> dict[str, Any]:
-    """Four micro-batches a step, taken in turns; the third and fourth of odd steps use `rare`."""
-    found: dict[str, Any] = {"sent": [], "full": []}
-    for name, own, ranks in (("alone", 0, 1), ("own", rank, world)):
+def layerwise(row: dict[str, Any], *, group: Group) -> dict[str, Any]:
+    """Four micro-batches a step, taken in turns: all of a step use `rare`, or every other, which
+    are those of one process, or none. Gradients are summed as ddp sums them, and clipped.
+    """
+    found: dict[str, Any] = {"sent": []}
+    for name, own in (("alone", Group.alone(torch.device("cpu"))), ("own", group)):
         model = Net()
         options = {"lr": 1e-2, "eps": 1e-4, "rank": 16, "basis": "randomised", **row}
         optimizer = Optimizer(model.parameters(), update_proj_gap=4, **options)
         layerwise_(optimizer)
+        reducer = None
+        if own.world > 1:
+            reducer = Reducer(dict(model.named_parameters()), own, bucket_bytes=20_000)
         for step in range(LAYERWISE_STEPS):
             optimizer.zero_grad()
             for micro in range(4):
                 generator = torch.Generator().manual_seed(100 * step + micro)
                 x, y = torch.randn(2, 16, 64, generator=generator).unbind()
-                if micro % ranks == own:
+                if micro % own.world == own.rank:
                     # One rank of two never uses it in some steps, and nobody does in others.
                     rare = step % 3 == 1 or (step % 3 == 2 and micro % 2 == 1)
-                    ((model(x, rare=rare) - torch.sin(y)).square().sum() / 1024).backward()
-            if ranks > 1:
-                found["sent"].append(reduce_(list(model.parameters())))
+                    last = micro + own.world >= 4
+                    with reducer.micro_batch(last=last) if reducer else nullcontext():
+                        ((model(x, rare=rare) - torch.sin(y)).square().sum() / 1024).backward()
             clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
+            if reducer:
+                found["sent"].append(reducer.num_bytes // 4 - sum(found["sent"]))
+        if reducer:
+            reducer.close()
         found[name] = [p.detach().clone() for p in model.parameters()]
-    found["full"] = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
     return found
-
-
-def reduce_(params: list[nn.Parameter]) -> int:
-    """What a reducer does; returns the elements sent for projected parameters."""
-    had = torch.tensor([float(p.grad is not None) for p in params])
-    dist.all_reduce(had)
-    sent = 0
-    for param, anywhere in zip(params, had.tolist(), strict=True):
-        if anywhere == 0:
-            continue
-        if param.grad is None:
-            param.grad = absent_grad(param)
-        small = small_tensors([param])
-        sent += sum(tensor.numel() for tensor in small)
-        for tensor in small or [param.grad]:
-            dist.all_reduce(tensor)
-    return sent
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     group = Group.from_environment(Place(device="cpu"))
-    rank, world = group.rank, group.world
     found: dict[str, Any] = {}
     for name, row in ROWS.items():
         for cut in CUTS:
             files = folder / name if cut == "last" else None
             found[f"{name}, {cut}"] = run(row, cut, group=group, folder=files)
     for name, row in LAYERWISE.items():
-        found[name] = layerwise(row, rank=rank, world=world)
-    torch.save(found, folder / f"sharded-{rank}.pt")
+        found[name] = layerwise(row, group=group)
+    torch.save(found, folder / f"sharded-{group.rank}.pt")
     group.close()
 
 
