@@ -16,7 +16,7 @@ from .texts import nearest, show
 
 Value = str | int | float | bool | None
 
-_ONE_DEVICE = "nibble trains on one device, where there is nothing to shard or synchronise"
+_MACHINES = "processes of one machine find each other; for more use nibble train --nodes --master"
 _WRITTEN = "a profile is written to the run folder, trace and all"
 
 
@@ -109,10 +109,10 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
         "grad_norm": Flag(default=0.3, help="at this norm"),
     },
     "Devices and memory": {
-        "world_size": Flag(default=-1, help="number of GPUs", fixed=(-1, 1), why=_ONE_DEVICE),
+        "world_size": Flag(default=-1, help="number of GPUs; -1: all"),
         "sharding_strategy": Flag(
             default="full_shard",
-            help="how to shard",
+            help="full_shard, shard_grad_op and hybrid_full_shard shard with FSDP, ddp copies",
             choices=(
                 "full_shard",
                 "shard_grad_op",
@@ -120,11 +120,13 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
                 "hybrid_full_shard",
                 "hybrid_shard_grad_op",
             ),
-            fixed=("full_shard",),
-            why=_ONE_DEVICE,
+            fixed=("full_shard", "shard_grad_op", "ddp", "hybrid_full_shard"),
+            why="no hybrid that keeps weights between forward and backward: hybrid_full_shard",
         ),
         "use_cpu_offload": Flag(
-            default=True, help="accepted either way: with one device the model stays on it"
+            default=True,
+            help="accepted either way: shards stay on the GPUs; for a base in host memory use "
+            "nibble train with place.kind=stream",
         ),
         "use_activation_cpu_offload": Flag(
             default=False, help="what checkpointed blocks keep waits in host memory"
@@ -135,7 +137,12 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
             fixed=(True,),
             why="nibble always loads one tensor at a time",
         ),
-        "no_sync": Flag(default=False, help="skip gradient sync", fixed=(False,), why=_ONE_DEVICE),
+        "no_sync": Flag(
+            default=False,
+            help="skip gradient sync",
+            fixed=(False,),
+            why="gradients travel once an update already where memory allows",
+        ),
         "loading_workers": Flag(
             default=-1,
             help="threads that quantise",
@@ -143,9 +150,9 @@ GROUPS: Mapping[str, Mapping[str, Flag]] = {
             why="weights are quantised one at a time as they arrive",
         ),
         "master_addr": Flag(
-            default="localhost", help="rendezvous", fixed=("localhost",), why=_ONE_DEVICE
+            default="localhost", help="rendezvous", fixed=("localhost",), why=_MACHINES
         ),
-        "master_port": Flag(default="12355", help="rendezvous", fixed=("12355",), why=_ONE_DEVICE),
+        "master_port": Flag(default="12355", help="rendezvous", fixed=("12355",), why=_MACHINES),
     },
     "Output": {
         "output_dir": Flag(default="output", help="the run folder"),
@@ -245,7 +252,7 @@ def help_text() -> str:
     lines = [
         "usage: python train.py [--flag value ...]",
         "",
-        "The fsdp_qlora training script's command line, run by nibble on one device.",
+        "The fsdp_qlora training script's command line, run by nibble.",
         "`nibble train` does the same from a recipe, with more settings.",
     ]
     for group, flags in GROUPS.items():

@@ -59,6 +59,15 @@ TARGETS: dict[str, list[str]] = {"all": ["all-linear"], "default": ["q_proj", "v
 LLAMA_PRO_NAME = re.compile(r"blk_exp-(\d+)-(\d+)/?$")
 
 
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "full_shard": {"kind": "fsdp"},
+    "shard_grad_op": {"kind": "fsdp", "shard": "grad-op"},
+    "hybrid_full_shard": {"kind": "fsdp", "shard": "hybrid"},
+    "ddp": {"kind": "ddp"},
+}
+"""What `place` says for each way to share."""
+
+
 def translate(argv: Sequence[str]) -> dict[str, Any]:
     """A command line of that script as the sections of a recipe, for `load_recipe(None, base=...)`.
 
@@ -77,6 +86,7 @@ def translate(argv: Sequence[str]) -> dict[str, Any]:
         "adapter": _adapter(flags, kind),
         "optim": _optim(flags),
         "train": _train(flags, kind),
+        "place": _place(flags),
         "report": {"sinks": SINKS[str(flags["log_to"])]},
         "output_dir": flags["output_dir"],
     }
@@ -145,6 +155,8 @@ def _unsupported(flags: Flags) -> Iterator[str]:
         yield f"--llama_pro_path {path} does not end in blk_exp-OLD-NEW, the numbers of layers"
     elif path is not None and _num_new_blocks(path) < 1:
         yield f"--llama_pro_path {path} names no new layers"
+    if flags["world_size"] < 1 and flags["world_size"] != -1:
+        yield f"--world_size {flags['world_size']}: give a number of GPUs, or -1 for all"
     if flags["profile"] and flags["profile_memory"]:
         yield "--profile_memory is a profile of its own: use --export_memory_timeline instead"
 
@@ -173,6 +185,16 @@ def _adapter(flags: Flags, kind: TrainType) -> dict[str, Any]:
     if flags["llama_pro_path"] is not None:
         adapter["num_new_blocks"] = _num_new_blocks(flags["llama_pro_path"])
     return adapter
+
+
+def _place(flags: Flags) -> dict[str, Any]:
+    """One GPU is one device, whatever the strategy; several share as it says."""
+    if flags["world_size"] == 1:
+        return {"kind": "single"}
+    place = dict(STRATEGIES[flags["sharding_strategy"]])
+    if flags["world_size"] > 0:
+        place["num_devices"] = flags["world_size"]
+    return place
 
 
 def _num_new_blocks(path: str) -> int:

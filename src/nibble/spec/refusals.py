@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-_MANY_GPUS = "training on several GPUs is not supported yet: nibble runs on one device"
+_MANY_GPUS = "no counterpart here: give place.kind (ddp, fsdp, stream, deepspeed) and its settings"
+_PARALLEL = "this kind of parallelism is not supported yet: place.kind=fsdp or stream"
 _LOW_RANK = "no counterpart here: give optim.method and the settings beside it"
 _BLOCKWISE = "not supported yet: use optim.method=galore with optim.layerwise, or an adapter"
 _PREFERENCE = (
     "preference and reinforcement learning are not supported yet: only fine-tuning on examples"
 )
-_OFFLOAD = "offloading to host memory is not supported yet"
+_OFFLOAD = "no counterpart here: use place.kind=stream for frozen weights, train.activation_offload"
 _KERNELS = "nibble picks the kernels itself: remove it"
 _HUB = "nibble writes local folders only: remove it"
 _TRACKER = "this tracker is not supported yet: wandb or tensorboard"
@@ -29,12 +30,12 @@ REFUSED: dict[str, str] = {
     "fsdp*": _MANY_GPUS,
     "deepspeed*": _MANY_GPUS,
     "ddp*": _MANY_GPUS,
-    "tensor_parallel_size": _MANY_GPUS,
-    "context_parallel_size": _MANY_GPUS,
-    "sequence_parallel_*": _MANY_GPUS,
-    "pipeline_parallel_size": _MANY_GPUS,
+    "tensor_parallel_size": _PARALLEL,
+    "context_parallel_size": _PARALLEL,
+    "sequence_parallel_*": _PARALLEL,
+    "pipeline_parallel_size": _PARALLEL,
     "dp_shard_size": _MANY_GPUS,
-    "tensor_parallel_dim": _MANY_GPUS,
+    "tensor_parallel_dim": _PARALLEL,
     "data_parallel_*": _MANY_GPUS,
     "world_size": _MANY_GPUS,
     "devices": _MANY_GPUS,
@@ -56,7 +57,7 @@ REFUSED: dict[str, str] = {
     "badam*": _BLOCKWISE,
     "lisa_*": _BLOCKWISE,
     "optimizer.fused": _KERNELS,
-    "optimizer_in_bwd": "updates inside the backward pass are not supported yet: remove it",
+    "optimizer_in_bwd": "low-rank methods have it: give optim.layerwise and optim.in_backward",
     "loraplus_*": "LoRA+ (two learning rates) is not supported yet: remove it",
     "embedding_learning_rate": "one learning rate for all: remove it",
     "lr_groups": "one learning rate for all: remove it",
