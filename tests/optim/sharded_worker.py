@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nibble.numerics import codec8
 from nibble.optim import Optimizer, clip_grad_norm_, layerwise_
 from nibble.optim.shards import ShardView
-from nibble.place.group import Group
+from nibble.place.group import Group, coalesced
 from nibble.place.reduce import Reducer
 from nibble.place.shard_views import collected
 from nibble.spec.config import Place
@@ -70,9 +70,8 @@ class Sums:
         self.sizes: list[int] = []
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            self.sizes.append(tensor.numel())
-            dist.all_reduce(tensor)
+        self.sizes += [tensor.numel() for tensor in tensors]
+        coalesced(tensors, dist.all_reduce)
 
 
 class Cut:

@@ -78,7 +78,9 @@ def of_three(root: Path) -> list[dict[str, Any]]:
         a_case(root, "nf4", "dora", base="tied", passes=6),
         a_case(root, "int8", "lora", passes=6, words=["floats"], as_floats=True),
         a_case(root, "none", "none", base="tied", passes=6),
-    ]
+        a_case(root, "none", "none", passes=6, words=["fira"], steps=4,
+               optim={"method": "fira", "rank": 4, "refresh_every": 2, "learning_rate": 1e-3}),
+    ]  # fmt: skip
     # Goes on with what two have saved, and writes it again first.
     again = a_case(root, "none", "none", steps=3, alone=False, passes=6, rewrite="rewritten")
     return [*cases, {**again, "start": "none none base-kept", "name": "on 3"}]
@@ -166,7 +168,7 @@ def test_two_shards_train_as_one_process_does(name: str, two: list[dict[str, Any
     equal_to_alone(two, name)
 
 
-@pytest.mark.parametrize("name", [c["name"] for c in of_three(Path("."))[:3]])
+@pytest.mark.parametrize("name", [c["name"] for c in of_three(Path("."))[:4]])
 def test_rows_need_not_divide(name: str, three: list[dict[str, Any]]) -> None:
     equal_to_alone(three, name)
 
