@@ -14,6 +14,7 @@ them, at most LINGER_S. Costs a few messages of some bytes a second, on the host
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -43,6 +44,8 @@ class Watch:
         """What this process is at, for the line that ends it."""
         self._thread = threading.Thread(target=self._look, name="nibble-watch", daemon=True)
         self._thread.start()
+        # A thread inside of the store's code when the interpreter ends would abort the process.
+        atexit.register(self.stop)
 
     def words(self, wait_s: float = 0.0) -> str | None:
         """What is known of the process that ended the run, within `wait_s`; None if all live."""
@@ -90,6 +93,7 @@ class Watch:
         """End the thread."""
         self._ended.set()
         self._thread.join(timeout=PULSE_S * 3)
+        atexit.unregister(self.stop)
 
     def _look(self) -> None:
         pulses: dict[int, tuple[int, float]] = {}

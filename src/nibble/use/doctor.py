@@ -30,6 +30,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "eval": ("scores", ("scikit-learn", "rouge-score"), "GLUE and ROUGE scores are not available"),
     "tensorboard": ("tensorboard", ("tensorboard",), "report.sinks=[tensorboard] is refused"),
     "wandb": ("wandb", ("wandb",), "report.sinks=[wandb] is refused"),
+    "deepspeed": ("deepspeed", ("deepspeed",), "place.kind=deepspeed is refused"),
 }
 """Extra -> its name, its distributions, what does not work without it."""
 
