@@ -9,6 +9,7 @@ from nibble.errors import PlacementError
 from nibble.place.base import Placement
 from nibble.place.group import Group
 from nibble.spec.config import Optim, Place, Recipe
+from nibble.spec.holdings import placement_kind
 
 __all__ = ["PLACEMENTS", "Group", "Placement", "placement", "resolved"]
 
@@ -27,7 +28,7 @@ ONE_PROCESS = ("single", "dp")
 
 def resolved(recipe: Recipe, group: Group) -> Recipe:
     """The recipe with the placement that `auto` means in this group."""
-    place = recipe.place.model_copy(update={"kind": _kind(recipe.place, group)})
+    place = recipe.place.model_copy(update={"kind": placement_kind(recipe.place, group.world)})
     return recipe.model_copy(update={"place": place})
 
 
@@ -37,7 +38,7 @@ def placement(place: Place, group: Group, *, optim: Optim | None = None) -> Plac
     `optim`: what will step the trained parameters, where that decides how they are cut. Raises
     PlacementError for one that cannot be had with so many processes.
     """
-    kind = _kind(place, group)
+    kind = placement_kind(place, group.world)
     if kind in ONE_PROCESS and group.world > 1:
         raise PlacementError(
             f"place.kind={kind} is one process, but {group.world} were started: "
@@ -49,12 +50,3 @@ def placement(place: Place, group: Group, *, optim: Optim | None = None) -> Plac
     if optim is not None:
         made.expect(optim)
     return made
-
-
-def _kind(place: Place, group: Group) -> str:
-    """What `auto` means: a copy on each device; and what one process means."""
-    if place.kind in ("fsdp", "deepspeed") and group.world == 1:
-        return "single"  # nothing to share out
-    if place.kind != "auto":
-        return place.kind
-    return "single" if group.world == 1 else "ddp"

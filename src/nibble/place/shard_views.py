@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nibble.errors import WeightError
 from nibble.nn.quant import PackedWeight
-from nibble.optim.shards import ShardView
 from nibble.place.group import Group
 from nibble.spec.lowrank import LowRank
 
@@ -128,8 +127,3 @@ def collected(group: Group, own: Tensor, dim: int, sizes: Sequence[int]) -> Tens
 def _bytes(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, whatever its type."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def is_whole(view: ShardView) -> bool:
-    """Whether all of a tensor lives here."""
-    return view.dim is None

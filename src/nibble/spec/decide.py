@@ -48,7 +48,7 @@ def decide(
         return limit is not None and made.fits(limit)
 
     resident = recipe.place.resident_blocks == "auto"
-    resident = resident and placement_kind(recipe, devices) == "stream"
+    resident = resident and placement_kind(recipe.place, devices.total) == "stream"
     keeps = recipe.train.keep_blocks == "auto"
     made = apply(recipe, {RESIDENT: 0} if resident else {})
     made = apply(made, {KEEP: 0} if keeps else {})

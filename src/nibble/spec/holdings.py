@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nibble.spec.config import Recipe
+from nibble.spec.config import Place, Recipe
 from nibble.spec.inventory import Inventory
 
 GATHERED_BLOCKS = 3
@@ -62,16 +62,18 @@ class Holding:
     num_processes: int
 
 
-def placement_kind(recipe: Recipe, devices: Devices) -> str:
-    """The placement that `auto` means on so many devices."""
-    if recipe.place.kind != "auto":
-        return recipe.place.kind
-    return "single" if devices.total == 1 else "ddp"
+def placement_kind(place: Place, num_devices: int) -> str:
+    """What `auto` means on so many devices, a copy on each; and what one device means."""
+    if place.kind in ("fsdp", "deepspeed") and num_devices == 1:
+        return "single"  # nothing to share out
+    if place.kind != "auto":
+        return place.kind
+    return "single" if num_devices == 1 else "ddp"
 
 
 def holding(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
     """Share a run's tensors out as its placement does."""
-    kind = placement_kind(recipe, devices)
+    kind = placement_kind(recipe.place, devices.total)
     if kind == "fsdp":
         return _sharded(recipe, stock, devices)
     if kind == "stream":

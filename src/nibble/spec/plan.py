@@ -142,7 +142,7 @@ class Plan:
             "shapes_from": self.architecture.source,
             "hardware": None if self.hardware is None else self.hardware.name,
             "on_cpu": self.on_cpu,
-            "placement": placement_kind(self.recipe, self.devices),
+            "placement": placement_kind(self.recipe.place, self.devices.total),
             "devices_per_machine": self.devices.per_machine,
             "machines": self.devices.machines,
             "num_trainable": self.num_trainable,

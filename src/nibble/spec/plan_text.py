@@ -79,7 +79,8 @@ def _title(plan: Plan) -> str:
     path = plan.recipe.model.path
     model = path if path.count("/") <= 1 else path.rstrip("/").rpartition("/")[2]
     if plan.devices.total > 1:
-        where = f"{plan.devices.total} x {where}, {placement_kind(plan.recipe, plan.devices)}"
+        number = plan.devices.total
+        where = f"{number} x {where}, {placement_kind(plan.recipe.place, number)}"
     return (
         f"{model} · {method}, base in {stored}, {plan.recipe.optim.name} · "
         f"{rows} x {length} tokens · {where}"
