@@ -48,7 +48,7 @@ def test_gradients_are_those_of_none(settings: Activations, packed: bool) -> Non
         assert (a - b).norm() <= 1e-2 * a.norm() + 1e-8
 
 
-def test_blocks_keep_no_more_than_two_inputs_on_the_device() -> None:
+def test_inputs_of_all_blocks_but_the_last_leave_the_device() -> None:
     words = {"shape": WIDE, "dtype": torch.bfloat16, "device": "cuda"}
     peaks = {}
     one = 2 * 8192 * 1024 * 2
@@ -68,29 +68,27 @@ def test_blocks_keep_no_more_than_two_inputs_on_the_device() -> None:
             assert done.host_bytes == 7 * one
         del loss, model
     saved = peaks["full"] - peaks["offload"]
-    assert saved == pytest.approx(6 * one, abs=one)  # the last stays, one may be on its way
+    # Seven of eight went; one of them may still be on its way.
+    assert 6 * one <= saved <= 7 * one + MIB
 
 
-def test_the_host_waits_for_nobody() -> None:
+def test_the_host_waits_for_nobody(
+    no_waiting: Callable[[], AbstractContextManager[None]],
+) -> None:
     """A forward and backward is launched while the device is still busy with what came before."""
     words = {"shape": WIDE, "dtype": torch.bfloat16, "device": "cuda"}
     model, _ = make(Activations(policy="selective", offload=True), **words)
     gradients(model, lengths=(2048, 2048))
-    torch.cuda.synchronize()
-    with torch.cuda.device(0):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            hidden = torch.randn(2, 2048, 1024, device="cuda", dtype=torch.bfloat16)
-            hidden.requires_grad_()
-            positions = torch.arange(2048, device="cuda")[None]
-            angles = model.model.rotary_emb(hidden, positions)
-            x = hidden
-            for block in model.model.layers:
-                x = block(x, attention_mask=None, position_embeddings=angles)
-                x = x[0] if isinstance(x, tuple) else x
-            x.backward(torch.ones_like(x))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    hidden = torch.randn(2, 2048, 1024, device="cuda", dtype=torch.bfloat16)
+    hidden.requires_grad_()
+    positions = torch.arange(2048, device="cuda")[None]
+    with no_waiting():
+        angles = model.model.rotary_emb(hidden, positions)
+        x = hidden
+        for block in model.model.layers:
+            x = block(x, attention_mask=None, position_embeddings=angles)
+            x = x[0] if isinstance(x, tuple) else x
+        x.backward(torch.ones_like(x))
 
 
 def test_copies_run_beside_the_computation() -> None:
