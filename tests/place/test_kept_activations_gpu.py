@@ -3,6 +3,9 @@ attention are kept too."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from kept_models import SHAPE, forward, gradients, make
