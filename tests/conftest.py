@@ -10,7 +10,6 @@ import atexit
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -34,16 +33,11 @@ def no_waiting() -> Callable[[], AbstractContextManager[None]]:
     def watched() -> Iterator[None]:
         import torch
 
-        def mode(name: str) -> None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "a prototype feature", said after it was set
-                torch.cuda.set_sync_debug_mode(name)
-
         torch.cuda.synchronize()
-        mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             yield
         finally:
-            mode("default")
+            torch.cuda.set_sync_debug_mode("default")
 
     return watched
