@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -33,11 +34,16 @@ def no_waiting() -> Callable[[], AbstractContextManager[None]]:
     def watched() -> Iterator[None]:
         import torch
 
+        def mode(name: str) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "a prototype feature", said after it was set
+                torch.cuda.set_sync_debug_mode(name)
+
         torch.cuda.synchronize()
+        mode("error")
         try:
-            torch.cuda.set_sync_debug_mode("error")
             yield
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            mode("default")
 
     return watched
