@@ -62,7 +62,7 @@ def whole(tensor: Tensor, place: Placement, name: str) -> Tensor:
     """All of a trained tensor of which a part lives here."""
     view = place.view(name)
     if view.dim is None:
-        return tensor.detach().clone()
+        return tensor.detach().cpu().clone()
     found = torch.zeros(view.shape)
     there = found.view(-1) if view.dim == FLAT else found
     there.narrow(view.dim, view.start, tensor.shape[view.dim]).copy_(tensor.detach())
@@ -87,7 +87,8 @@ def train(
 ) -> dict[str, Any]:
     """`steps` steps in all, going on with the checkpoint in `folder` if there is one."""
     words = json.loads(json.dumps(case["recipe"]))
-    words["place"] = {"device": "cpu", "kind": kind, **MORE.get(kind, {}), **case.get("place", {})}
+    device = words["place"]["device"]
+    words["place"] = {"device": device, "kind": kind, **MORE.get(kind, {}), **case.get("place", {})}
     words["train"]["gradient_accumulation_steps"] = case["accumulation"] * 2 // group.world
     words["train"]["max_steps"] = steps
     if kind == "single":
@@ -125,7 +126,7 @@ def run_case(
     case: dict[str, Any], group: Group, root: Path, splits: Splits, found: dict[str, Any]
 ) -> None:
     """A case on its placements; `single` is done by one of the processes."""
-    alone = Group.alone(torch.device("cpu"))
+    alone = Group.alone(group.device)
     name, steps = case["name"], case["steps"]
     single, other = root / f"{name}-single", root / f"{name}-{case['kind']}"
     if case["kind"] == "single":
