@@ -145,4 +145,4 @@ def test_two_devices_take_two_steps_tokens(shape: Architecture) -> None:
         }
     )
     waiting = planned(few, shape, Devices()).speed
-    assert waiting is not None and waiting.limiter == "the bus"
+    assert waiting is not None and waiting.limiter == "bus"

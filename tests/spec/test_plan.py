@@ -446,23 +446,6 @@ def test_on_a_cpu_everything_is_host_memory() -> None:
         made.check(2 * GIB)
 
 
-MEASURED = [(1, 512, 1237), (1, 2048, 5765), (4, 2048, 8135), (8, 2048, 8450)]
-
-
-@pytest.mark.parametrize(("rows", "length", "tokens_per_s"), MEASURED)
-def test_speed_is_near_what_was_measured(rows: int, length: int, tokens_per_s: float) -> None:
-    """transformers with peft and bitsandbytes on an H200, 2026-11-22; launches vary."""
-    r = recipe(
-        **QLORA,
-        data={"max_length": length},
-        train={"micro_batch_size": rows, "adapter_precision": "bf16"},
-    )
-    made = plan(r, architecture=from_config(LLAMA_8B), hardware=hardware("h200"))
-    assert made.speed is not None
-    assert made.speed.tokens_per_s == pytest.approx(tokens_per_s, rel=0.25)
-    assert made.speed.limiter == ("launches" if rows == 1 else "products")
-
-
 def test_flops_follow_what_is_trained() -> None:
     shape = from_config(LLAMA_8B)
     tokens = 1024

@@ -19,6 +19,7 @@ from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import ONE_DEVICE, Devices, placement_kind
 from nibble.spec.plan import Plan, plan
+from nibble.spec.speed import BUS
 
 RESIDENT, KEEP = "place.resident_blocks", "train.keep_blocks"
 
@@ -55,7 +56,7 @@ def decide(
     num_blocks = architecture.sizes.num_layers
     if resident:
         speed = planned(made).speed
-        waits = speed is None or speed.limiter == "the bus"
+        waits = speed is None or speed.limiter == BUS
         if waits or not keeps:
             made = _largest(made, RESIDENT, num_blocks, fits)
     if keeps:

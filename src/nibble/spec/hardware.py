@@ -27,8 +27,20 @@ from nibble.spec.units import GIB
 SUSTAINED_SHARE = 0.75
 """Of the datasheet's matmul rate, where nothing is measured; the one card that is holds 0.67."""
 
-_NUMBERS = ("memory_gib", "matmul_tflops", "bandwidth_gbs", "bus_gbs", "power_w")
-_OPTIONAL_NUMBERS = ("sustained_tflops", "price_usd_hour")
+FP32_SHARE = 1 / 8
+"""Of the 16-bit rate, that fp32 products have where the row does not say."""
+LAUNCH_US = 8.0
+"""Where nothing is measured; hosts of rented cards have 10, fast desktops 5."""
+
+_NUMBERS = ("memory_gib", "matmul_tflops", "bandwidth_gbs", "bus_gbs")
+_OPTIONAL_NUMBERS = (
+    "sustained_tflops",
+    "fp32_tflops",
+    "link_gbs",
+    "launch_us",
+    "power_w",
+    "price_usd_hour",
+)
 _KEYS = {*_NUMBERS, *_OPTIONAL_NUMBERS, "names", "bf16", "source", "date"}
 _NOISE = re.compile(r"nvidia|geforce|tesla|graphics|[\s_-]+")
 
@@ -41,13 +53,22 @@ class Hardware:
     memory_bytes: int
     matmul_flops: float
     """What dense 16-bit products sustain, FLOP/s."""
+    fp32_flops: float
     bandwidth_bytes: float
     bus_bytes: float
-    power_w: float
+    link_bytes: float
+    """Between cards of one machine, one direction; the bus where there is no link."""
+    launch_s: float
+    """The host's time to launch one kernel."""
+    power_w: float | None
     price_usd_hour: float | None
     bf16: bool
     source: str
     date: str
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of products in the type that a recipe computes in."""
+        return self.fp32_flops if precision == "fp32" else self.matmul_flops
 
 
 def hardware(name: str) -> Hardware:
@@ -122,9 +143,12 @@ def _hardware(key: str, row: dict[str, Any], *, where: str = "") -> Hardware:
         name=key,
         memory_bytes=int(row["memory_gib"] * GIB),
         matmul_flops=sustained * 1e12,
+        fp32_flops=row.get("fp32_tflops", sustained * FP32_SHARE) * 1e12,
         bandwidth_bytes=row["bandwidth_gbs"] * 1e9,
         bus_bytes=row["bus_gbs"] * 1e9,
-        power_w=float(row["power_w"]),
+        link_bytes=row.get("link_gbs", row["bus_gbs"]) * 1e9,
+        launch_s=row.get("launch_us", LAUNCH_US) * 1e-6,
+        power_w=None if row.get("power_w") is None else float(row["power_w"]),
         price_usd_hour=row.get("price_usd_hour"),
         bf16=bool(row.get("bf16", True)),
         source=str(row.get("source", "")),

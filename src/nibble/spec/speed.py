@@ -1,20 +1,25 @@
-"""How fast a step can be, and what limits it: matrix products, memory or launches.
+"""How fast a step can be, and what limits it: matrix products, memory, the bus or launches.
 
-    step = max(products / rate + bytes moved / bandwidth, kernels x time to launch one,
-               bytes over the bus / its rate)
+    pass  = max(forward on the device, forward over the bus)
+          + max(backward on the device, backward over the bus)
+    step  = max(passes x pass + update, host's time to launch all of it)
 
-Products are counted from shapes: forward 2 a weight and token, backward twice that where the weight
-is trained and once where it is frozen, forward again where blocks are recomputed; attention's
-backward is 2.5 times its forward. Bytes moved are the packed and dense weights at each unpacking,
-the elementwise traffic (a multiple of what the blocks keep: transformers' unfused norms and
-rotations) and the optimiser's pass over its tensors. Kernels are launched by Python, which small
-batches wait for. Over the bus come streamed blocks, once forward and once backward, and activations
-that wait on the host, once each way; they hide behind the rest.
+On the device, a stage takes its products over their rate and its bytes over the bandwidth, one
+after the other. Stages do not lend each other time: a forward that waits for the bus is not helped
+by a backward that does not. The host runs ahead of the device through a whole step.
 
-The multiples come from a profile of transformers with peft on one H200 (QLoRA of a Llama 3 8B
-shape, 4 x 2048 tokens: 524 ms of products, 318 elementwise, 29 unpacking, 45 attention; 1 x 2048:
-11,609 kernels in 355 ms). It is an estimate for planning, within some 20 % there; elsewhere it is
-as good as the card's row. It is not a measurement.
+    products   2 a weight and token forward, again where blocks are recomputed, 2 for the gradient
+               of the input, 2 for that of the weight where it is trained; attention (causal: half
+               of the square) and its backward, 2.5 times that; int8 forward at its own rate
+    bytes      weights as products read them, packed and dense ones at each unpacking, elementwise
+               traffic (a multiple of what blocks keep), logits, gradients, the optimiser's pass
+    bus        streamed blocks once forward and once backward; activations that wait on the host;
+               what devices send each other, where the card has no link of its own
+    launches   kernels a block by how it is built, times what Python takes around each
+
+The constants below were fitted on one H200 to the rows of bench/results (tests/spec/test_speed.py
+has planned and measured side by side). A card brings its own rates (`hardware.toml`, or
+`nibble plan --calibrate`). It is an estimate for planning, not a measurement.
 """
 
 from __future__ import annotations
@@ -26,58 +31,138 @@ from nibble.spec.activations import Work, kept_by_block
 from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
-from nibble.spec.holdings import Devices, Holding
+from nibble.spec.holdings import Devices, Holding, placement_kind
 from nibble.spec.inventory import Inventory
+from nibble.spec.lowrank import matrix_shape
+from nibble.spec.methods import low_rank
 
-ELEMENTWISE_TRAFFIC = 25
-"""Bytes moved for each byte that a block keeps, in a step with recomputation (15 without)."""
+MATMUL, MEMORY, BUS, LAUNCHES = "matmul", "memory", "bus", "launches"
+"""What a step can be limited by."""
+FUSED_TRAFFIC, UNFUSED_TRAFFIC = (1.75, 2.5), (8.0, 9.0)
+"""Bytes moved forward and backward for each byte that a block keeps, on the fast paths and on
+transformers' own layers; recomputation moves those of forward again."""
+LOGITS_TRAFFIC = 18
+"""Bytes moved for each logit, both ways."""
 ATTENTION_RATE_SHARE = 0.66
 """Of the rate of products, that fused attention reaches."""
-KERNELS_PER_BLOCK, KERNELS_PER_ADAPTER, KERNELS_PER_UNPACKING = 40, 5, 2
-LAUNCH_S = 30e-6
-"""Python's time for one kernel, on the host of the profile."""
+INT8_RATE_SHARE = 1.4
+"""Of the 16-bit rate, that int8 products reach with what surrounds them."""
+UPDATE_BANDWIDTH_SHARE = 0.6
+"""Of the bandwidth, that updates of many tensors reach: fused AdamW of a 7B 37 ms for 94 GB."""
+REFRESH_PRODUCTS = {"svd": 5800.0, "randomised": 38.0, "random": 38.0, "seeded": 0.0}
+"""A new basis, in projections of its matrix: 231 and 1.54 s against 40 ms (7B, rank 1024)."""
+KERNELS_FUSED, KERNELS_UNFUSED = (16.0, 4.0), (55.0, 6.0)
+"""Kernels of a block in each direction, and more for each adapter."""
+KERNELS_PER_PACKED = {"int8": 4.0}
+"""Kernels of a packed linear in each direction; others have one, that unpacks."""
+KERNELS_PER_GATHERED = 7.0
+"""Of each linear of a sharded block, in each direction, for its collectives and copies."""
+KERNELS_PER_UPDATE, KERNELS_PER_PROJECTED = 0.5, 10.0
+"""Of a trained tensor's update."""
+HOST_FUSED, HOST_UNFUSED = 6.0, 4.0
+"""Python's time around a kernel, in bare launches: functions of our own, and torch's."""
+SYNCHRONISED_SHARE = 0.4
+"""Of the host's time, in which the device waits when each layer asks it for outliers (int8)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Seconds of forward, backward or the update, each on its own."""
+
+    products_s: float
+    memory_s: float
+    bus_s: float = 0.0
+
+    @property
+    def device_s(self) -> float:
+        """On the device: products, then bytes."""
+        return self.products_s + self.memory_s
+
+    @property
+    def seconds(self) -> float:
+        """Of the stage, the bus beside the device."""
+        return max(self.device_s, self.bus_s)
+
+    def times(self, count: int) -> Stage:
+        """The stage, so many times."""
+        return Stage(
+            products_s=count * self.products_s,
+            memory_s=count * self.memory_s,
+            bus_s=count * self.bus_s,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """Seconds of a step by what they are spent on, and what follows from them."""
 
-    products_s: float
-    memory_s: float
+    forward: Stage
+    """Of all passes of a step."""
+    backward: Stage
+    update: Stage
     launches_s: float
-    bus_s: float
+    waiting_s: float
+    """In which the device waits for a host that waits for it."""
     tokens_per_step: int
     num_devices: int
-    power_w: float
-    """Of one device."""
+    power_w: float | None
+    """Of one device; None when not known."""
     price_usd_hour: float | None
     """Of one device."""
 
     @property
+    def stages(self) -> dict[str, Stage]:
+        """The three by name."""
+        return {"forward": self.forward, "backward": self.backward, "update": self.update}
+
+    @property
+    def products_s(self) -> float:
+        """Matrix products of a step."""
+        return sum(stage.products_s for stage in self.stages.values())
+
+    @property
+    def memory_s(self) -> float:
+        """Bytes of device memory moved in a step, over the bandwidth."""
+        return sum(stage.memory_s for stage in self.stages.values())
+
+    @property
+    def bus_s(self) -> float:
+        """Bytes over the bus in a step."""
+        return sum(stage.bus_s for stage in self.stages.values())
+
+    @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return max(self.products_s + self.memory_s, self.launches_s, self.bus_s)
+        stages = sum(stage.seconds for stage in self.stages.values())
+        return max(stages + self.waiting_s, self.launches_s)
 
     @property
     def limiter(self) -> str:
-        """What the step waits for most: products, memory, launches or the bus."""
-        if self.bus_s > max(self.products_s + self.memory_s, self.launches_s):
-            return "the bus"
-        if self.launches_s > self.products_s + self.memory_s:
-            return "launches"
-        return "products" if self.products_s >= self.memory_s else "memory"
+        """What the step waits for most: matmul, memory, bus or launches."""
+        if self.launches_s >= self.step_s:
+            return LAUNCHES
+        shares = {MATMUL: 0.0, MEMORY: 0.0, BUS: 0.0, LAUNCHES: self.waiting_s}
+        for stage in self.stages.values():
+            if stage.bus_s > stage.device_s:
+                shares[BUS] += stage.bus_s
+            else:
+                shares[MATMUL] += stage.products_s
+                shares[MEMORY] += stage.memory_s
+        return max(shares, key=lambda name: shares[name])
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of a step over its seconds."""
+        """Tokens of a step over its seconds, of all devices."""
         return self.tokens_per_step / self.step_s
 
     def hours(self, num_tokens: float) -> float:
         """Hours for so many tokens."""
         return num_tokens / self.tokens_per_s / 3600
 
-    def energy_kwh(self, num_tokens: float) -> float:
-        """The cards' energy at their board power, an upper bound."""
+    def energy_kwh(self, num_tokens: float) -> float | None:
+        """The cards' energy at their board power, an upper bound; None when that is not known."""
+        if self.power_w is None:
+            return None
         return self.hours(num_tokens) * self.num_devices * self.power_w / 1000
 
     def cost_usd(self, num_tokens: float) -> float | None:
@@ -94,6 +179,7 @@ class Speed:
             "memory_s": self.memory_s,
             "launches_s": self.launches_s,
             "bus_s": self.bus_s,
+            "stages_s": {name: stage.seconds for name, stage in self.stages.items()},
             "limiter": self.limiter,
             "tokens_per_s": self.tokens_per_s,
             "hours_per_million_tokens": self.hours(1e6),
@@ -114,17 +200,22 @@ def estimate(
     """FLOPs of a step on all devices, and its speed where the card is known."""
     passes = recipe.train.gradient_accumulation_steps
     blocks = keeping(stock.architecture, work, recipe.train)
-    products, attention = _flops(recipe, stock, work, blocks)
-    flops = passes * (products + attention)
+    count = _Count(recipe=recipe, stock=stock, work=work, blocks=blocks, held=held, devices=devices)
+    flops = passes * sum(sum(count.flops(stage)) for stage in (FORWARD, BACKWARD))
     if hardware is None:
         return flops * devices.total, None
-    rate = hardware.matmul_flops
-    moved = passes * _traffic(stock, work, blocks) + _update_traffic(stock)
+    forward, backward = count.stage(FORWARD, hardware), count.stage(BACKWARD, hardware)
+    python = HOST_FUSED if work.fused else HOST_UNFUSED
+    kernels = passes * count.kernels() + count.update_kernels()
+    if placement_kind(recipe.place, devices.total) == "dp":
+        kernels *= devices.per_machine  # one process launches for all
+    launches_s = kernels * python * hardware.launch_s
     return flops * devices.total, Speed(
-        products_s=passes * (products / rate + attention / (rate * ATTENTION_RATE_SHARE)),
-        memory_s=moved / hardware.bandwidth_bytes,
-        launches_s=passes * _kernels(stock, blocks) * LAUNCH_S,
-        bus_s=passes * 2 * (_pulled(stock, held) + blocks.host) / hardware.bus_bytes,
+        forward=forward.times(passes),
+        backward=backward.times(passes),
+        update=count.update(hardware),
+        launches_s=launches_s,
+        waiting_s=SYNCHRONISED_SHARE * launches_s if count.synchronises else 0.0,
         tokens_per_step=passes * work.tokens * devices.total,
         num_devices=devices.total,
         power_w=hardware.power_w,
@@ -132,48 +223,164 @@ def estimate(
     )
 
 
-def _pulled(stock: Inventory, held: Holding) -> int:
-    """Bytes of blocks that are not on the device when a pass comes to them."""
-    if not held.streamed:
-        return 0
-    return stock.base_bytes - (held.base_codes + held.base_scales + held.base_weights)
+FORWARD, BACKWARD = "forward", "backward"
 
 
-def _flops(recipe: Recipe, stock: Inventory, work: Work, blocks: Keeping) -> tuple[float, float]:
-    """FLOPs of one pass: matrix products, attention."""
-    shape, tokens = stock.architecture, work.tokens
-    base = 2.0 * shape.matmul_size * tokens
-    attention = shape.attention_flops_per_token(work.row_length) * tokens
-    head = 2.0 * shape.head_size * tokens
-    low_rank = 2.0 * stock.num_adapter * tokens
-    again = blocks.again_share
-    backward = 2.0 if work.everything else 1.0
-    products = base * (1.0 + backward + again) + head * (3.0 if stock.head_trained else 2.0)
-    products += low_rank * (3.0 + again)
-    attention_again = 0.0 if recipe.train.activation_checkpointing == "selective" else again
-    return products, attention * (3.5 + attention_again)
+@dataclass(frozen=True, kw_only=True)
+class _Count:
+    """Products, bytes and kernels of one pass on one device."""
 
+    recipe: Recipe
+    stock: Inventory
+    work: Work
+    blocks: Keeping
+    held: Holding
+    devices: Devices
 
-def _traffic(stock: Inventory, work: Work, blocks: Keeping) -> float:
-    """Bytes of device memory that one pass moves, products apart."""
-    shape, again = stock.architecture, blocks.again_share
-    block = sum(kept_by_block(shape, work, block=max(0, shape.sizes.num_layers - 1)).values())
-    elementwise = (15 + (ELEMENTWISE_TRAFFIC - 15) * again) * block * shape.sizes.num_layers
-    packed = stock.base_codes_bytes + stock.base_scales_bytes
-    unpacking = (2 + again) * (packed + 2 * work.element * stock.num_packed)
-    return float(elementwise + unpacking)
+    @property
+    def is_int8(self) -> bool:
+        return self.stock.spec is not None and self.stock.spec.name == "int8"
 
+    @property
+    def synchronises(self) -> bool:
+        """Whether the host asks the device for outliers in every linear."""
+        return self.is_int8 and self.stock.spec is not None and self.stock.spec.int8_threshold > 0
 
-def _update_traffic(stock: Inventory) -> float:
-    """Weights and state are read and written, gradients read twice and cleared."""
-    return float(2 * stock.trained_bytes + 2 * stock.optimizer_bytes + 3 * stock.trained_bytes)
+    def flops(self, stage: str) -> tuple[float, float, float]:
+        """FLOPs of 16-bit products, of int8 products and of attention."""
+        stock, shape, tokens = self.stock, self.stock.architecture, self.work.tokens
+        factorised = self.recipe.adapter.kind == "factorised"
+        replaced = self._adapted_size() if factorised else 0
+        base = 2.0 * (shape.matmul_size - replaced) * tokens
+        head = 2.0 * shape.head_size * tokens
+        low = 2.0 * stock.num_adapter * tokens
+        attention = shape.attention_flops_per_token(self.work.row_length) * tokens
+        norms = 2.0 * self.work.rank * self._adapted_size() if self.work.dora else 0.0
+        if stage == FORWARD:
+            int8 = base if self.is_int8 else 0.0
+            return base - int8 + head + low + norms, int8, attention
+        again = self.blocks.again_share
+        int8 = base * again if self.is_int8 else 0.0
+        products = base * (1.0 + self._trained_share() + again) - int8
+        products += head * (2.0 if stock.head_trained else 1.0)
+        products += (low + norms) * again + 2.0 * low
+        keeps = self.recipe.train.activation_checkpointing == "selective"
+        return products, int8, attention * (2.5 + (0.0 if keeps else again))
 
+    def stage(self, stage: str, hardware: Hardware) -> Stage:
+        """Forward or backward of one pass."""
+        products, int8, attention = self.flops(stage)
+        rate = hardware.rate(self.recipe.train.precision)
+        products += int8 / INT8_RATE_SHARE + attention / ATTENTION_RATE_SHARE
+        link = self._exchanged(stage) / hardware.link_bytes
+        return Stage(
+            products_s=products / rate,
+            memory_s=self._traffic(stage) / hardware.bandwidth_bytes,
+            bus_s=(self._pulled() + self.blocks.host) / hardware.bus_bytes + link,
+        )
 
-def _kernels(stock: Inventory, blocks: Keeping) -> float:
-    """Kernels of one pass."""
-    layers = max(1, stock.architecture.sizes.num_layers)
-    adapters = len(stock.adapted) / layers
-    linears = sum(p.kind == "linear" for p in stock.architecture.parameters) / layers
-    one = KERNELS_PER_BLOCK + KERNELS_PER_ADAPTER * adapters
-    one += KERNELS_PER_UNPACKING * (linears if stock.num_packed else 0)
-    return layers * one * (3 + blocks.again_share)
+    def update(self, hardware: Hardware) -> Stage:
+        """The optimiser's pass: weights and state are read and written, gradients read twice and
+        cleared; projections and their refreshes."""
+        stock, optim = self.stock, self.recipe.optim
+        share = self.held.optimizer_state / max(1, stock.optimizer_bytes)
+        moved = 2.0 * stock.trained_bytes + 2.0 * stock.optimizer_bytes + 3.0 * stock.gradient_bytes
+        low, flops = low_rank(optim), 0.0
+        if low is not None:
+            refreshes = REFRESH_PRODUCTS[low.basis] / low.update_proj_gap
+            for tensor in stock.trained:
+                if low.projects(tensor.shape):
+                    rows, columns = matrix_shape(tensor.shape)
+                    flops += 4.0 * rows * columns * low.rank * (1.0 + refreshes)
+                    moved += 4.0 * rows * columns
+        return Stage(
+            products_s=min(1.0, share or 1.0) * flops / hardware.rate(self.recipe.train.precision),
+            memory_s=min(1.0, share or 1.0)
+            * moved
+            / (UPDATE_BANDWIDTH_SHARE * hardware.bandwidth_bytes),
+        )
+
+    def kernels(self) -> float:
+        """Kernels of one pass."""
+        if getattr(self.recipe.train, "cuda_graphs", False):
+            return 0.0
+        stock = self.stock
+        layers = max(1, stock.architecture.sizes.num_layers)
+        linears = sum(p.kind == "linear" for p in stock.architecture.parameters) / layers
+        block, each = KERNELS_FUSED if self.work.fused else KERNELS_UNFUSED
+        one = block + each * len(stock.adapted) / layers
+        if stock.num_packed and stock.spec is not None:
+            one += KERNELS_PER_PACKED.get(stock.spec.name, 1.0) * linears
+        if placement_kind(self.recipe.place, self.devices.total) in ("fsdp", "deepspeed"):
+            one += KERNELS_PER_GATHERED * linears
+        return layers * one * (2 + self.blocks.again_share)
+
+    def update_kernels(self) -> float:
+        """Kernels of one update."""
+        each = KERNELS_PER_UPDATE
+        if low_rank(self.recipe.optim) is not None:
+            each = KERNELS_PER_PROJECTED
+        return each * len(self.stock.trained)
+
+    def _adapted_size(self) -> int:
+        adapted = self.stock.adapted
+        return sum(p.size for p in self.stock.architecture.parameters if p.module in adapted)
+
+    def _trained_share(self) -> float:
+        """Of the products, whose weights have a gradient."""
+        if self.work.everything:
+            return 1.0
+        layers = max(1, self.stock.architecture.sizes.num_layers)
+        return len(self.stock.trained_blocks) / layers
+
+    def _traffic(self, stage: str) -> float:
+        """Bytes of device memory that a stage moves."""
+        stock, work, again = self.stock, self.work, self.blocks.again_share
+        shape = stock.architecture
+        forward, backward = FUSED_TRAFFIC if work.fused else UNFUSED_TRAFFIC
+        times = 1.0 if stage == FORWARD else 1.0 + again
+        each = forward if stage == FORWARD else backward + again * forward
+        block = sum(kept_by_block(shape, work, block=max(0, shape.sizes.num_layers - 1)).values())
+        moved = each * block * shape.sizes.num_layers
+        moved += LOGITS_TRAFFIC / 2 * work.tokens * (shape.sizes.vocab if shape.head_size else 0)
+        moved += times * work.element * (shape.matmul_size + shape.head_size)
+        unpackings = times
+        if self.is_int8:  # products read the codes; only gradients of inputs need them unpacked
+            unpackings = 0.0 if stage == FORWARD else 1.0
+            moved += (1.0 if stage == FORWARD else again) * self._int8_traffic()
+        packed = stock.base_codes_bytes + stock.base_scales_bytes
+        moved += unpackings * (packed + work.element * stock.num_packed)
+        if work.dora:
+            moved += times * 3 * work.element * self._adapted_size()
+        if stage == BACKWARD:
+            moved += stock.gradient_bytes * min(2, self.recipe.train.gradient_accumulation_steps)
+        return float(moved)
+
+    def _int8_traffic(self) -> float:
+        """Inputs are read and quantised, sums of int32 written, read and scaled."""
+        linears = [p.matrix for p in self.stock.architecture.parameters if p.kind == "linear"]
+        e = self.work.element
+        return float(self.work.tokens * sum((e + 2) * i + (8 + e) * o for o, i in linears))
+
+    def _pulled(self) -> int:
+        """Bytes of blocks that are not on the device when a pass comes to them."""
+        held, stock = self.held, self.stock
+        if not held.streamed:
+            return 0
+        return stock.base_bytes - (held.base_codes + held.base_scales + held.base_weights)
+
+    def _exchanged(self, stage: str) -> float:
+        """Bytes that a device gets from the others: sharded weights, gradients."""
+        total, stock = self.devices.total, self.stock
+        if total == 1:
+            return 0.0
+        part, place = (total - 1) / total, self.recipe.place
+        kind = placement_kind(place, total)
+        whole = stock.base_bytes + stock.trained_bytes
+        if kind == "deepspeed" and place.zero_stage == 2:
+            return part * (stock.trained_bytes if stage == FORWARD else 4.0 * stock.num_trainable)
+        if kind in ("fsdp", "deepspeed"):
+            if stage == FORWARD:
+                return part * whole
+            return part * ((0 if place.shard == "grad-op" else whole) + stock.gradient_bytes)
+        return 0.0 if stage == FORWARD else 2.0 * part * stock.gradient_bytes
