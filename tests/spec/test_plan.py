@@ -466,7 +466,7 @@ def test_cost_needs_a_price() -> None:
     price = hardware("h200").price_usd_hour
     assert price is not None
     assert speed.cost_usd(1e6) == pytest.approx(1e6 / speed.tokens_per_s / 3600 * price)
-    other = plan(recipe(**QLORA), architecture=shape, hardware=hardware("l4")).speed
+    other = plan(recipe(**QLORA), architecture=shape, hardware=hardware("t4")).speed
     assert other is not None and other.cost_usd(1e6) is None
 
 

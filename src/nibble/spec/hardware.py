@@ -36,6 +36,7 @@ _NUMBERS = ("memory_gib", "matmul_tflops", "bandwidth_gbs", "bus_gbs")
 _OPTIONAL_NUMBERS = (
     "sustained_tflops",
     "fp32_tflops",
+    "sustained_fp32_tflops",
     "link_gbs",
     "launch_us",
     "power_w",
@@ -143,7 +144,7 @@ def _hardware(key: str, row: dict[str, Any], *, where: str = "") -> Hardware:
         name=key,
         memory_bytes=int(row["memory_gib"] * GIB),
         matmul_flops=sustained * 1e12,
-        fp32_flops=row.get("fp32_tflops", sustained * FP32_SHARE) * 1e12,
+        fp32_flops=_fp32_tflops(row) * 1e12,
         bandwidth_bytes=row["bandwidth_gbs"] * 1e9,
         bus_bytes=row["bus_gbs"] * 1e9,
         link_bytes=row.get("link_gbs", row["bus_gbs"]) * 1e9,
@@ -154,6 +155,11 @@ def _hardware(key: str, row: dict[str, Any], *, where: str = "") -> Hardware:
         source=str(row.get("source", "")),
         date=date.isoformat() if isinstance(date, datetime.date) else str(date),
     )
+
+
+def _fp32_tflops(row: dict[str, Any]) -> float:
+    nominal = row.get("fp32_tflops", row["matmul_tflops"] * FP32_SHARE)
+    return float(row.get("sustained_fp32_tflops", nominal * SUSTAINED_SHARE))
 
 
 def _plain(name: str) -> str:

@@ -24,7 +24,7 @@ has planned and measured side by side). A card brings its own rates (`hardware.t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nibble.spec.activations import Work, kept_by_block
@@ -302,7 +302,7 @@ class _Count:
 
     def kernels(self) -> float:
         """Kernels of one pass."""
-        if getattr(self.recipe.train, "cuda_graphs", False):
+        if getattr(self.recipe.train, "cuda_graphs", False) is True:
             return 0.0
         stock = self.stock
         layers = max(1, stock.architecture.sizes.num_layers)
@@ -340,7 +340,8 @@ class _Count:
         forward, backward = FUSED_TRAFFIC if work.fused else UNFUSED_TRAFFIC
         times = 1.0 if stage == FORWARD else 1.0 + again
         each = forward if stage == FORWARD else backward + again * forward
-        block = sum(kept_by_block(shape, work, block=max(0, shape.sizes.num_layers - 1)).values())
+        whole = replace(work, mlp_tile_tokens=None)  # tiles keep less and move as much
+        block = sum(kept_by_block(shape, whole, block=max(0, shape.sizes.num_layers - 1)).values())
         moved = each * block * shape.sizes.num_layers
         moved += LOGITS_TRAFFIC / 2 * work.tokens * (shape.sizes.vocab if shape.head_size else 0)
         moved += times * work.element * (shape.matmul_size + shape.head_size)
