@@ -28,8 +28,9 @@ operation (`backward_bytes` bounds those), allocator rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from nibble.spec.arch import Architecture
 from nibble.spec.arch_types import Parameter
@@ -72,13 +73,17 @@ class Work:
         return self.mlp_tile_tokens is not None and self.tokens > self.mlp_tile_tokens
 
 
-def kept_by_blocks(shape: Architecture, work: Work) -> list[dict[str, int]]:
+def kept_by_blocks(shape: Architecture, work: Work) -> list[Mapping[str, int]]:
     """What each block keeps without checkpointing, by name of the tensor."""
     return [kept_by_block(shape, work, block=index) for index in range(shape.sizes.num_layers)]
 
 
-def kept_by_block(shape: Architecture, work: Work, *, block: int) -> dict[str, int]:
-    """What block number `block` keeps, by name of the tensor, in bytes."""
+@lru_cache(maxsize=4096)
+def kept_by_block(shape: Architecture, work: Work, *, block: int) -> Mapping[str, int]:
+    """What block number `block` keeps, by name of the tensor, in bytes.
+
+    Remembered: a search plans hundreds of recipes of a few kinds of passes.
+    """
     if block in work.trained_blocks:
         work = replace(work, everything=True)
     linears = [p for p in shape.parameters if p.block == block and p.kind == "linear"]

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +37,13 @@ _EMBEDDINGS = re.compile(
 _HEADS = re.compile(r"^(lm_head|output|embed_out)\.weight$")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Architecture:
     """A model's shape. `parameters` holds each distinct tensor once: a tied head is not listed.
 
     `source`: `config` (the block's style is the family's own) or `headers` (names and shapes are
-    exact, and the block is taken to be a Llama's).
+    exact, and the block is taken to be a Llama's). Compared by identity, so that what follows from
+    one can be remembered.
     """
 
     model_type: str
@@ -65,14 +67,14 @@ class Architecture:
         """Whether a token sees only those before it."""
         return not self.encoder
 
-    @property
+    @cached_property
     def head_size(self) -> int:
         """Weights of the product that makes the logits, tied or not; 0 for a classifier."""
         if any(parameter.kind == "classifier" for parameter in self.parameters):
             return 0
         return self.sizes.vocab * self.sizes.hidden
 
-    @property
+    @cached_property
     def matmul_size(self) -> int:
         """Weights that one token meets, without the head: of a mixture the active ones only."""
         active = 0

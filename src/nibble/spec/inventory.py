@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from nibble.errors import ConfigError
@@ -67,6 +68,11 @@ class Inventory:
     largest_tensor: int
     embedding_trained: bool
     head_trained: bool
+
+    @cached_property
+    def largest_trained_bytes(self) -> int:
+        """Of the trained tensors the largest."""
+        return max((tensor.nbytes for tensor in self.trained), default=0)
 
     @property
     def base_bytes(self) -> int:

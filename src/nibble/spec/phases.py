@@ -194,7 +194,7 @@ def phase(name: str, run: Run) -> Phase:
         host["tensor_in_flight"] = 2 * stock.largest_tensor * share.num_processes
     if name == "save":
         # Tensors are written one by one.
-        largest = max((tensor.nbytes for tensor in stock.trained), default=0)
+        largest = stock.largest_trained_bytes
         host["checkpoint_copy"] = 0 if run.on_cpu else largest
     return Phase(name=name, moment=moment, device={k: v for k, v in device.items() if v}, host=host)
 
@@ -218,7 +218,7 @@ def _step_moments(run: Run) -> _Moments:
     recipe, stock, seen = run.recipe, run.stock, run.seen
     gradients = run.held.gradients
     before = gradients if recipe.train.gradient_accumulation_steps > 1 else 0
-    largest = max((tensor.nbytes // 2 for tensor in stock.trained), default=0)
+    largest = stock.largest_trained_bytes // 2
     blocks, always = seen.blocks, seen.throughout + seen.copies
 
     def backward(workspace: int) -> dict[str, int]:

@@ -23,7 +23,7 @@ from nibble.spec.arch import Architecture
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import ONE_DEVICE, Devices, holding, placement_kind
-from nibble.spec.inventory import inventory
+from nibble.spec.inventory import Inventory, inventory
 from nibble.spec.phases import (
     CATEGORIES,
     CUDA_CONTEXT_BYTES,
@@ -175,16 +175,17 @@ def plan(
     hardware: Hardware | None = None,
     on_cpu: bool | None = None,
     devices: Devices = ONE_DEVICE,
+    stock: Inventory | None = None,
 ) -> Plan:
     """Plan a run of `recipe` on a model of this shape.
 
     `hardware`: the card, for speed and its memory limit. `on_cpu`: whether the run has no GPU; when
     not given, only for place.device=cpu. `devices`: how many share the run; bytes are of one device
-    and of one machine, tokens and speed of all. Raises ConfigError for words that this model cannot
-    mean.
+    and of one machine, tokens and speed of all. `stock`: the recipe's inventory, if it has been
+    taken already. Raises ConfigError for words that this model cannot mean.
     """
     on_cpu = recipe.place.device == "cpu" if on_cpu is None else on_cpu
-    stock = inventory(recipe, architecture)
+    stock = inventory(recipe, architecture) if stock is None else stock
     work = work_of(recipe, stock)
     run = Run(
         recipe=recipe,
