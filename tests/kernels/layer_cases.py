@@ -138,8 +138,8 @@ def test_gate(layout: str, activation: Activation, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("vocabulary", [5, 97, 20000])
 def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
-    logits = 5 * normal(6, vocabulary, dtype=dtype)
-    targets = torch.tensor([0, vocabulary - 1, 3, 2, 1, 4], device=DEVICE)
+    logits = 5 * normal(7, vocabulary, dtype=dtype)
+    targets = torch.tensor([0, vocabulary - 1, 3, 2, 1, 4, -100], device=DEVICE)
     logits[2] *= 40  # maxima far above the rest, the target's among them
     logits[3, 2] = logits[3].max() + 12
     ours, eager = logits.clone(), logits.clone()
@@ -148,6 +148,7 @@ def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     near(ours, eager)
     assert (ours[3, 2] < 0) and torch.isclose(ours[3, 2], eager[3, 2], rtol=2e-2)
+    assert losses[6] == 0 and not ours[6].any(), "a row without a target"
     kept = logits.clone()
     torch.testing.assert_close(
         TRITON.cross_entropy_(kept, targets, need_grad=False), expected, rtol=1e-5, atol=1e-5

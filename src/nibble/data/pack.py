@@ -39,7 +39,8 @@ class Batch:
     attention_mask: None if every position is real or the row is packed. num_targets: labels that
     count (rows for classification). num_tokens: positions that are not padding. doc_lengths: for
     each row its documents in order; of a packed row they add up to its length, the padding being
-    the last of them. token_type_ids: for classifiers that were given them.
+    the last of them. token_type_ids: for classifiers that were given them. offsets: int32, see
+    `shapes.of_few_shapes`; given, attention need not look for the documents.
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class Batch:
     num_tokens: int
     doc_lengths: tuple[tuple[int, ...], ...]
     token_type_ids: Tensor | None = None
+    offsets: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

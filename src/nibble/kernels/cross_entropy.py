@@ -33,7 +33,8 @@ def _cross_entropy_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * num_columns
-    target = tl.load(targets + row)
+    found = tl.load(targets + row)
+    target = tl.maximum(found, 0)
     chosen = tl.load(start + target).to(tl.float32)
     largest = chosen
     others = 0.0
@@ -45,13 +46,15 @@ def _cross_entropy_kernel(
         others = others * tl.exp(largest - higher) + tl.sum(tl.exp(value - higher), axis=0)
         largest = higher
     total = others + tl.exp(chosen - largest)
-    tl.store(losses + row, largest + tl.log(total) - chosen)
+    loss = largest + tl.log(total) - chosen
+    tl.store(losses + row, tl.where(found < 0, 0.0, loss))
     if NEED_GRAD:
         for tile in range(TILES):
             column = tile * COLUMNS + tl.arange(0, COLUMNS)
             inside = column < num_columns
             value = tl.load(start + column, mask=inside, other=float("-inf")).to(tl.float32)
             share = tl.where(column == target, -others, tl.exp(value - largest)) / total
+            share = tl.where(found < 0, 0.0, share)
             tl.store(start + column, share.to(logits.dtype.element_ty), mask=inside)
 
 

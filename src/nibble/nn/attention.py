@@ -97,9 +97,19 @@ def document_offsets(
     return offsets[:, None].expand(-1, longest)
 
 
+def offsets_mask(offsets: Tensor, *, length: int) -> Tensor:
+    """Offsets int32 [documents + 1] of rows of `length` as an `attention_mask` that transformers
+    hands on without looking at it, a view [documents + 1, 1, 1, length].
+
+    A single offset says that every row is one document.
+    """
+    return offsets.view(-1, 1, 1, 1).expand(-1, 1, 1, length)
+
+
 def is_offsets(mask: Tensor | None) -> bool:
-    """Whether an `attention_mask` is what `document_offsets` made; transformers' have four dims."""
-    return mask is not None and mask.dim() == 2 and mask.dtype == torch.int32
+    """Whether an `attention_mask` is what `document_offsets` or `offsets_mask` made; transformers'
+    own are of other types."""
+    return mask is not None and mask.dim() in (2, 4) and mask.dtype == torch.int32
 
 
 def packed_mask(
@@ -209,7 +219,13 @@ def _attend(
         raise ValueError(
             "packed attention has no soft cap, position bias or sink: build it with eager attention"
         )
-    if attention_mask is None or not is_offsets(attention_mask):
+    rows, heads, length, _ = query.shape
+    cuts = attention_mask[..., 0].flatten() if is_offsets(attention_mask) else None  # type: ignore[index]
+    if cuts is not None and cuts.numel() == 1:
+        attention_mask = cuts = None
+        if sliding_window is not None and sliding_window < length:
+            cuts = torch.arange(rows + 1, dtype=torch.int32, device=query.device) * length
+    if cuts is None:
         words = (
             dict(kwargs) if sliding_window is None else {**kwargs, "sliding_window": sliding_window}
         )
@@ -217,7 +233,7 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **words
         )
         return output
-    rows, heads, length, _ = query.shape
+    longest = length if attention_mask is None else attention_mask.shape[-1]
 
     def flat(x: Tensor) -> Tensor:
         """[rows, heads, L, dim] -> [rows * L, heads, dim]."""
@@ -228,8 +244,8 @@ def _attend(
         q,
         k,
         v,
-        attention_mask[:, 0],
-        longest=attention_mask.shape[1],
+        cuts,
+        longest=longest,
         scale=scaling,
         window=sliding_window,
         dropout=dropout,
@@ -275,6 +291,7 @@ def document_attention(
         [
             _one_document(q[begin:end], k[begin:end], v[begin:end], scale, window, dropout)
             for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+            if begin < end
         ]
     )
 

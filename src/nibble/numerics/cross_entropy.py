@@ -4,8 +4,9 @@
     L = m + log s - z_t,    dL/dz_j = exp(z_j - m) / s,    dL/dz_t = -o / s
 
 -o / s is p - 1 without the subtraction, which in 16 bit would round the small gradients of
-well-learnt tokens to zero. All arithmetic is fp32; the gradient is rounded once, to the type of the
-logits. As eager code it makes one fp32 tensor of the logits' size, as a kernel none.
+well-learnt tokens to zero. A row with a negative target has none: its loss and gradient are 0. All
+arithmetic is fp32; the gradient is rounded once, to the type of the logits. As eager code it makes
+one fp32 tensor of the logits' size, as a kernel none.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 def cross_entropy_(logits: Tensor, targets: Tensor, *, need_grad: bool) -> Tensor:
     """Losses of rows, fp32 [n]; with `need_grad` `logits` [n, V] then holds their gradient.
 
-    targets: [n], integers in [0, V).
+    targets: [n], integers below V; negative ones are no targets.
     """
-    where = targets[:, None]
+    absent = (targets < 0)[:, None]
+    where = targets[:, None].clamp(min=0)
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     picked = log_p.gather(1, where)
     if need_grad:
         torch.exp(log_p, out=logits)
-        logits.scatter_(1, where, torch.expm1(picked).to(logits.dtype))
-    return -picked.squeeze(1)
+        logits.scatter_(1, where, torch.expm1(picked).to(logits.dtype)).masked_fill_(absent, 0)
+    return -picked.masked_fill(absent, 0).squeeze(1)

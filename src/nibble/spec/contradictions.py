@@ -13,6 +13,7 @@ from nibble.errors import ConfigError
 from .builtin_models import is_builtin
 from .config import Recipe
 from .effects import NO_ADAPTER, Predicate, projects, quantised
+from .graphs import cannot_be_recorded
 from .methods import low_rank
 from .texts import show
 
@@ -240,6 +241,14 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         holds=lambda r: bool(r.data.eval) and r.data.eval_rows is not None,
         message=lambda r: (
             f"data.eval and data.eval_rows={r.data.eval_rows} both name the held-out rows: keep one"
+        ),
+    ),
+    Contradiction(
+        name="graphs of what cannot be recorded",
+        holds=lambda r: r.train.cuda_graphs is True and bool(cannot_be_recorded(r)),
+        message=lambda r: (
+            f"train.cuda_graphs=true with {cannot_be_recorded(r)}: its passes cannot be replayed "
+            "as they were recorded; use train.cuda_graphs=auto or false"
         ),
     ),
     Contradiction(

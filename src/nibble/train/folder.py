@@ -50,6 +50,7 @@ HARMLESS = (
     "train.activation_offload",
     "train.mlp_tile_tokens",
     "train.loss_chunk_tokens",
+    "train.cuda_graphs",
 )
 """Fields, or sections, that a resumed run may change: how long, where, how often it is looked at,
 and memory against time.

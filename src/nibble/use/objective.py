@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nibble.data import Batch
 from nibble.models import Family
+from nibble.nn.attention import offsets_mask
 from nibble.nn.loss import causal_lm_loss, classification_loss, full_logits_loss
 from nibble.place.base import Placement
 
@@ -71,6 +72,9 @@ def call(module: nn.Module, batch: Batch, family: Family) -> Any:
     is_classification = batch.labels.dim() == 1
     if batch.attention_mask is not None and is_classification:
         words["attention_mask"] = batch.attention_mask
+    if batch.offsets is not None:
+        length = batch.input_ids.shape[1]
+        words["attention_mask"] = offsets_mask(batch.offsets, length=length)
     if batch.position_ids is not None:
         assert family.can_pack, "packed rows need a family that keeps documents apart"
         words["position_ids"] = batch.position_ids
