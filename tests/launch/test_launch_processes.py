@@ -89,6 +89,13 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     assert ended.cause.text == "rank 1 was killed by SIGKILL: out of host memory?"
 
 
+def test_a_library_that_aborts_is_told_from_a_lack_of_memory(tmp_path: Path) -> None:
+    ended = play("os.abort() if rank else time.sleep(60)", tmp_path)
+    assert ended.cause is not None
+    assert ended.cause.text.startswith("rank 1 was killed by SIGABRT: a library gave up, as NCCL")
+    assert "place.timeout_s" in ended.cause.text
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     ended = play("assert rank == 0, 'what'; time.sleep(60)", tmp_path)
     assert ended.cause is not None

@@ -22,7 +22,7 @@ WORKER = Path(__file__).with_name("watch_worker.py")
     ],
 )  # fmt: skip
 def test_the_others_say_what_ended_them(how: str, words: str) -> None:
-    first, second = start(WORKER, how, timeout_s=60)
+    first, second = start(WORKER, how, "cpu", timeout_s=60)
     assert first[0] == 1 and second[0] == {"fails": 1, "vanishes": 9, "is late": 1}[how]
     line = first[1].strip().splitlines()[-1]
     assert re.search(rf"^PeerError: .*{words}", line), first[1]

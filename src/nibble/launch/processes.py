@@ -42,6 +42,12 @@ INTERRUPTED = 130
 """Exit code of a process that was told to stop, and has saved if it could."""
 RESTARTABLE = frozenset({"", "PlacementError", "PeerError"})
 """Errors that may not come again: a machine or process that vanished, a card that failed."""
+LIKELY = {
+    "SIGKILL": ": out of host memory?",
+    "SIGABRT": ": a library gave up, as NCCL does when another process is not there within "
+    "place.timeout_s; it has said more above",
+}
+"""What a signal that nobody sent on purpose may mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +74,7 @@ class Failure:
         if self.code >= 0:
             return f"rank {self.rank} ended with exit code {self.code} and no word"
         name = signal.Signals(-self.code).name
-        more = ": out of host memory?" if name == "SIGKILL" else ""
-        return f"rank {self.rank} was killed by {name}{more}"
+        return f"rank {self.rank} was killed by {name}{LIKELY.get(name, '')}"
 
 
 class RunFailed(PlacementError):
