@@ -8,6 +8,7 @@ device and packed on arrival, one at a time, so an 8B model takes seconds and no
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from nibble.models import build
-from nibble.nn.adapters import adapt_
+from nibble.nn.adapters import adapt_, locate
+from nibble.nn.expand import expand_
+from nibble.nn.factorised import factorise_, factorised
 from nibble.nn.fused import fuse_
-from nibble.nn.quant import quantize_
+from nibble.nn.quant import QuantLinear, quantize_
 from nibble.spec.config import Recipe
 from nibble.spec.formats import format_spec
 from nibble.use.assemble import Assembly, adapter_dtype, compute_dtype, storage_dtype
@@ -112,12 +115,24 @@ CASES = {
 }
 
 
+def _itself(name: str) -> Iterator[str]:
+    yield name
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomWeights:
     """Stands where a checkpoint's stream would: names as the checkpoint's, values N(0, 0.02^2)."""
 
     skeleton: nn.Module
     device: torch.device
+    pool: Tensor | None = None
+    """Where given, values are views of it, rows shifted against one another: filling a model then
+    takes no more memory than from a checkpoint, and no time for drawing."""
+    arriving: Callable[[str], bool] = lambda name: False
+    """With a pool: of these the device holds a copy while it is packed, as of what comes from the
+    host."""
+    targets_of: Callable[[str], Iterator[str]] = _itself
+    """Names under which the model wants a parameter; none where it is replaced."""
 
     def __len__(self) -> int:
         return sum(1 for _ in self.skeleton.parameters())
@@ -129,39 +144,92 @@ class RandomWeights:
         zeros. Values come whole, whatever `rows` would do with."""
         del rows
         for name, parameter in self.skeleton.named_parameters():
-            if wanted(name):
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
-                if value.dim() > 1:
-                    value.normal_(0.0, 0.02)
-                else:
-                    value.fill_(0.0 if name.endswith("bias") else 1.0)
-                yield name, value
+            for target in self.targets_of(name):
+                if wanted(target):
+                    yield from self._value(target, parameter)
+
+    def _value(self, name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if self.pool is not None and parameter.dim() > 1:
+            value, passes = shifted_rows(self.pool, parameter.shape), self.arriving(name)
+            if passes:
+                value = value.clone()
+            yield name, value
+            if passes:
+                value.untyped_storage().resize_(0)  # whoever still has it may not keep it
+            return
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+        if value.dim() > 1:
+            value.normal_(0.0, 0.02)
+        else:
+            value.fill_(0.0 if name.endswith("bias") else 1.0)
+        yield name, value
 
 
-def assemble_random(recipe: Recipe, *, device: torch.device) -> Assembly:
+def shifted_rows(pool: Tensor, shape: torch.Size) -> Tensor:
+    """A view of `shape` on a pool of random numbers: each row begins a little behind the one
+    before it."""
+    *lead, columns = shape
+    num_rows = math.prod(lead)
+    step = max(1, min(columns, (pool.numel() - columns) // num_rows))
+    strides, size = [1], step
+    for count in reversed(lead):
+        strides.insert(0, size)
+        size *= count
+    return pool.as_strided(tuple(shape), strides)
+
+
+def assemble_random(
+    recipe: Recipe, *, device: torch.device, pool: Tensor | None = None
+) -> Assembly:
     """`use.assemble.assemble` without tokenizer and checkpoint: the model on meta, and what fills
-    it."""
+    it, from a pool of random numbers where one is given."""
     without_checkpoint = recipe.model.model_copy(update={"from_scratch": True})
     built = build(without_checkpoint, dtype=storage_dtype(recipe))
-    spec = format_spec(recipe.quant)
-    quantize_(built.model, spec, keep=recipe.quant.keep, kernels=recipe.quant.kernels)
+    model, spec, adapter = built.model, format_spec(recipe.quant), recipe.adapter
+    expansion = None
+    if adapter.kind == "expand":
+        blocks = model.get_submodule(built.family.block_path)
+        assert isinstance(blocks, nn.ModuleList)
+        expansion = expand_(model, blocks, adapter.num_new_blocks)
+    keep = (*recipe.quant.keep, *(expansion.names if expansion else ()))
+    quantize_(model, spec, keep=keep, kernels=recipe.quant.kernels)
+    if adapter.kind == "factorised":
+        factorise_(model, adapter.targets, rank=adapter.rank)
+        adapter = adapter.model_copy(update={"kind": "none"})
     summary = adapt_(
-        built.model,
-        recipe.adapter,
+        model,
+        adapter,
         dtype=adapter_dtype(recipe),
         generator=torch.Generator().manual_seed(recipe.train.seed),
+        expansion=expansion,
     )
     if recipe.train.fused_kernels:
-        fuse_(built.model, built.family.decoder(built.model), dtype=compute_dtype(recipe))
+        fuse_(model, built.family.decoder(model), dtype=compute_dtype(recipe))
+    replaced = {f"{name}.weight" for name in factorised(model)}
+
+    def is_packed(name: str) -> bool:
+        return isinstance(locate(model, name)[0], QuantLinear)
+
+    def targets_of(name: str) -> Iterator[str]:
+        if name not in replaced:
+            yield from _itself(name) if expansion is None else expansion.targets_of(name)
+
+    weights = RandomWeights(
+        skeleton=built.skeleton,
+        device=device,
+        pool=pool,
+        arriving=is_packed,
+        targets_of=targets_of,
+    )
     return Assembly(
         recipe=recipe,
         built=built,
         tokenizer=None,
         spec=spec,
-        expansion=None,
+        expansion=expansion,
         summary=summary,
-        weights=RandomWeights(skeleton=built.skeleton, device=device),  # type: ignore[arg-type]
-        trained_names=frozenset(n for n, p in built.model.named_parameters() if p.requires_grad),
+        weights=weights,  # type: ignore[arg-type]
+        trained_names=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
     )
 
 
