@@ -45,6 +45,7 @@ from nibble.place.base import Placement
 from nibble.place.single import one_device
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
+from nibble.spec.graphs import wish
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
 from nibble.spec.units import GIB
@@ -200,6 +201,7 @@ def _run(recipe: Recipe, assembly: Assembly, place: Placement, folder: Path) -> 
         max_steps=NUM_SCHEDULED_STEPS,
         steps_per_epoch=float(NUM_SCHEDULED_STEPS),
         max_grad_norm=recipe.optim.max_grad_norm,
+        graphs=wish(recipe),
     )
     model.train()
     checkpoints = Checkpoints(folder / "run", keep=1)

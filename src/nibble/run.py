@@ -32,6 +32,7 @@ from nibble.place import Group, placement
 from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained, peak_memory
 from nibble.spec.config import Recipe
+from nibble.spec.graphs import wish
 from nibble.spec.plan import Plan
 from nibble.train.checkpoint import TRAINED, Checkpoints
 from nibble.train.folder import RunFolder, gather_versions
@@ -330,6 +331,7 @@ def _load(
         eval_every=recipe.train.eval_every,
         save_every=recipe.train.save_every,
         log_every=recipe.train.log_every,
+        graphs=wish(recipe),
         is_language=recipe.model.task == "causal-lm",
         autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
     )

@@ -27,11 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nibble.data import Batch
 from nibble.errors import TrainingError
 from nibble.place.base import Placement
+from nibble.spec.graphs import Wish
 from nibble.train.checkpoint import Checkpoints, all_finite
+from nibble.train.graphs import passes_of
 from nibble.train.interrupt import Interrupt
 from nibble.train.metrics import Meter, StepResult
 from nibble.train.profile import Profiler
@@ -58,6 +61,8 @@ class Settings:
     save_every: int | None = None
     log_every: int = 1
     autocast: torch.dtype | None = None
+    graphs: Wish = "off"
+    """Whether micro-batches are to run as CUDA graphs (train/graphs.py)."""
     is_language: bool = False
     """Losses are in nats a token, so that evaluations report perplexity."""
 
@@ -147,6 +152,14 @@ class _Run:
     def __post_init__(self) -> None:
         self.meter = Meter(self.place)
         self.parameters = list(self.state.trained().values())
+        self.passes = passes_of(
+            self.state.model,
+            self._work,
+            wish=self.settings.graphs,
+            place=self.place,
+            parameters=self.parameters,
+            note=self.report.note,
+        )
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One update from the micro-batches of a step."""
@@ -159,13 +172,7 @@ class _Run:
         loss = torch.zeros((), device=self.place.device)
         scale = scaler.scale
         for index, batch in enumerate(batches):
-            with self.place.micro_batch(last=index == len(batches) - 1):
-                with self._autocast():
-                    part = self.objective(state.model, self.place.batch(batch)) / max(
-                        num_targets, 1
-                    )
-                torch.autograd.backward(part * scale)
-            loss += part.detach()
+            loss += self._pass(batch, num_targets, scale, last=index == len(batches) - 1)
         if scaler.enabled:
             grads = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_mul_(grads, 1.0 / scale)
@@ -177,6 +184,8 @@ class _Run:
             state.schedule.step()
         self.place.follow()
         state.optimizer.zero_grad(set_to_none=True)
+        if self.passes is not None:
+            self.passes.end_step()
         scaler.update(finite=not skipped)
         state.step += 1
         state.num_tokens += num_tokens
@@ -195,6 +204,20 @@ class _Run:
             loss_scale=scale if scaler.enabled else None,
             skipped=skipped,
         )
+
+    def _pass(self, batch: Batch, num_targets: int, scale: float, *, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch: its share of the step's loss."""
+        if self.passes is not None:
+            return self.passes.run(batch, num_targets=num_targets, scale=scale, last=last)
+        with self.place.micro_batch(last=last):
+            return self._work(self.place.batch(batch), max(num_targets, 1), scale)
+
+    def _work(self, batch: Batch, num_targets: Tensor | float, scale: Tensor | float) -> Tensor:
+        """Forward and backward of a batch on the device."""
+        with self._autocast():
+            part = self.objective(self.state.model, batch) / num_targets
+        torch.autograd.backward(part * scale)
+        return part.detach()
 
     def _counts(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """Targets and tokens of the step over all processes, and on the way who wants to stop."""
@@ -246,7 +269,7 @@ class _Run:
         self.log()
         words = f"the evaluation after step {self.state.step}"
         with self.place.during(words), self._autocast(), self.report.phase("evaluate"):
-            loss = self.evaluate(self.ask_to_stop)
+            loss = self._evaluated(self.evaluate)
         if loss is None:
             return None
         if not math.isfinite(loss):
@@ -257,6 +280,15 @@ class _Run:
             told["tokens_seen"] = self.state.num_tokens
         self.report.metrics(told)
         return loss
+
+    def _evaluated(self, evaluate: Evaluate) -> float | None:
+        """The held-out loss; where memory runs out beside recorded passes, without these."""
+        try:
+            return evaluate(self.ask_to_stop)
+        except torch.OutOfMemoryError:
+            if self.place.world > 1 or self.passes is None or not self.passes.release():
+                raise
+        return evaluate(self.ask_to_stop)
 
     def save(self) -> Path:
         """Write a checkpoint of a state that is known to be finite."""

@@ -1,0 +1,183 @@
+"""Work recorded as a CUDA graph and replayed by one call of the host.
+
+A micro-batch of an 8B model is some three thousand launches, each of which costs the host 30 to 70
+us of Python and autograd; a replay costs one launch. What is recorded are kernels and addresses:
+they must be the same each time, and nothing may wait for the device in between.
+
+Memory. Everything that recorded work allocates comes from a pool of its own, which is as large as
+the work's peak and stays. All recordings share it, since they never run at the same time. What was
+cached for eager passes is given back first, so the sum stays about what it was; SPARE_BYTES are
+left for what runs between passes, or there is no recording.
+
+Before anything is recorded the work is observed while it runs eagerly: how long the host takes,
+how long the device, and whether the host waits for the device somewhere (torch's own debug mode
+tells). Work that waits is refused by name instead of failing in the recording. Random numbers are
+drawn as torch's default generator would have drawn them eagerly.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from nibble.nn.tiles import Tiled
+from nibble.place.activations import Recomputed
+from nibble.place.base import Placement
+from nibble.place.single import Single
+
+T = TypeVar("T")
+SPARE_BYTES = 256 << 20
+"""Temporaries of an optimiser's step (optim/batches.py)."""
+WAITS = "called a synchronizing CUDA operation"
+
+
+class NotRecordedError(Exception):
+    """Work could not be recorded; nothing of it was done. The text says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """One eager run: seconds until the host had launched all and until the device had done it, and
+    where the host waited for the device (None: nowhere).
+    """
+
+    host_s: float
+    device_s: float
+    waits: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """`replay` does the work again; `num_bytes` more device memory is kept for it."""
+
+    replay: Callable[[], None]
+    num_bytes: int
+
+
+class Recorder(Protocol):
+    """Whoever observes and records work."""
+
+    def observe(self, work: Callable[[], T]) -> tuple[T, Observed]:
+        """Do the work eagerly, and watch."""
+        ...
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        """Record the work without doing it. Raises NotRecordedError."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory of recordings back, once nobody holds one."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def observe(self, work: Callable[[], T]) -> tuple[T, Observed]:
+        """See `Recorder`; waits for the device at the end."""
+        make: Callable[[], Any] = partial(torch.cuda.Event, enable_timing=True)
+        begin, end = make(), make()
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                begin.record()
+                start = time.perf_counter()
+                result = work()
+                host_s = time.perf_counter() - start
+                end.record()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        end.synchronize()
+        waits = None
+        for warning in told:
+            if WAITS in str(warning.message):
+                waits = waits or f"{_short(warning.filename)}:{warning.lineno}"
+            else:
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+        device_s = begin.elapsed_time(end) / 1e3
+        return result, Observed(host_s=host_s, device_s=device_s, waits=waits)
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        """See `Recorder`."""
+        self.release()
+        before = torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        present = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(present)
+        reason = ""
+        with torch.cuda.stream(self._stream):
+            # Other threads (sinks, pinning) may use the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except RuntimeError as error:
+                reason = _words(error)
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                reason = reason or _words(error)
+        present.wait_stream(self._stream)
+        num_bytes = torch.cuda.memory_reserved(self.device) - before
+        try:
+            spare = torch.empty(SPARE_BYTES, dtype=torch.uint8, device=self.device)
+            del spare
+        except torch.OutOfMemoryError as error:
+            reason = reason or _words(error)
+        if reason:
+            del graph
+            self.release()
+            raise NotRecordedError(reason)
+        return Recorded(replay=graph.replay, num_bytes=num_bytes)
+
+    def release(self) -> None:
+        """See `Recorder`: cached memory goes back to the device."""
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def recorder_of(place: Placement, model: nn.Module) -> CudaRecorder | str:
+    """Who records this model's passes, or why nobody can; an empty text where there is no GPU."""
+    if place.device.type != "cuda":
+        return ""
+    if type(place) is not Single:
+        return "this placement moves weights or rows during a pass"
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, Recomputed) and forward.done is not None:
+            return "activations travel to host memory"
+        if (isinstance(forward, Recomputed) and forward.may_draw) or (
+            isinstance(forward, Tiled) and forward.draws
+        ):
+            return "blocks that draw random numbers are computed again in backward"
+    return CudaRecorder(place.device)
+
+
+def _words(error: RuntimeError) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device has no memory left for it"
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _short(filename: str) -> str:
+    """The last folder and name of a source file."""
+    return "/".join(Path(filename).parts[-2:])
