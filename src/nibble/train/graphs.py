@@ -95,7 +95,8 @@ class Passes:
         self._shapes: dict[tuple[object, ...], _Shape] = {}
         self._grads = StaticGrads()
         self._touched: dict[int, nn.Parameter] = {}
-        self._told: set[str] = set()
+        self.told: list[str] = []
+        """What was said, once each."""
         self._num_steps = 0
         self._is_off = False
         self._count, self._scale, self._loss = (
@@ -244,8 +245,8 @@ class Passes:
         return ""
 
     def _say(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self.told:
+            self.told.append(text)
             self._note(text)
 
 
