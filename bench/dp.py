@@ -1,9 +1,11 @@
-"""DataParallel against ddp on the GPUs of this machine: tokens per second of one recipe.
+"""DataParallel against ddp on the GPUs of this machine, and how many times ddp is faster.
 
-    python bench/dp.py RECIPE [key=value ...]
+    python bench/dp.py [--case llama3-8b] [--batch 4x2048] [--steps 3] [key=value ...]
 
-Both see the same rows: `train.micro_batch_size` is of one pass of dp over all GPUs together, and is
-divided by their number for ddp. The first steps are left out. One line a placement, as JSON.
+A true shape with random weights, as bench/seventy.py makes and times it. Both see the same rows:
+`--batch` is ROWSxTOKENS of each card, and dp takes that of all cards in one pass. `alone` is one
+card with its own rows. JSON lines, the last one with the ratio that `place.kind=dp` tells
+(DDP_TIMES in src/nibble/place/dp.py).
 """
 
 from __future__ import annotations
@@ -12,52 +14,50 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nibble.spec.load import load_recipe
-
-WARM_UP = 3
+SEVENTY = Path(__file__).with_name("seventy.py")
 
 
 def main() -> None:
-    """Train a few steps each way and print what metrics.jsonl says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--steps", type=int, default=12)
-    options = parser.parse_args()
-    num_gpus = torch.cuda.device_count()
-    rows = load_recipe(options.recipe, options.overrides).train.micro_batch_size
-    assert rows % num_gpus == 0, f"train.micro_batch_size={rows} is not divided by {num_gpus}"
-    for kind, each in (("dp", rows), ("ddp", rows // num_gpus)):
-        with tempfile.TemporaryDirectory() as folder:
-            words = [
-                f"place.kind={kind}",
-                f"train.micro_batch_size={each}",
-                f"train.max_steps={options.steps}",
-                f"output_dir={folder}/run",
-                "report.sinks=[plain]",
-            ]
-            command = [sys.executable, "-m", "nibble", "train", options.recipe]
-            subprocess.run([*command, *options.overrides, *words], check=True, stdout=sys.stderr)
-            lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        steps = [
-            one for one in map(json.loads, lines) if one.get("step_s") and one["step"] > WARM_UP
-        ]
-        print(
-            json.dumps(
-                {
-                    "kind": kind,
-                    "gpus": num_gpus,
-                    "tokens_per_s": sum(one["num_tokens"] for one in steps)
-                    / sum(one["step_s"] for one in steps),
-                    "peak_gib": max(one["peak_gib"] for one in steps),
-                }
-            )
-        )
+    """Time each way in processes of its own."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--case", default="llama3-8b")
+    parser.add_argument("--batch", default="4x2048", help="ROWSxTOKENS of each card")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--kinds", default="dp,ddp,alone")
+    options = parser.parse_intermixed_args()
+    cards = max(1, torch.cuda.device_count())
+    rates = {kind: measured(options, kind, cards) for kind in options.kinds.split(",")}
+    found: dict[str, Any] = {f"{kind}_tokens_per_s": rate for kind, rate in rates.items()}
+    if {"dp", "ddp"} <= rates.keys():
+        found["ddp_times_dp"] = round(rates["ddp"] / rates["dp"], 2)
+    if {"alone", "ddp"} <= rates.keys():
+        found["ddp_times_alone"] = round(rates["ddp"] / rates["alone"], 2)
+    print(json.dumps({"bench": "dp", "case": options.case, "cards": cards, **found}))
+
+
+def measured(options: argparse.Namespace, kind: str, cards: int) -> float:
+    """Tokens per second of all cards; prints the lines of the run."""
+    rows, _, length = options.batch.partition("x")
+    all_rows = int(rows) * cards if kind == "dp" else int(rows)
+    python = [sys.executable]
+    if kind == "ddp" and cards > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cards}"]
+    words = [f"place.kind={'single' if kind == 'alone' else kind}", "place.resident_blocks=auto"]
+    done = subprocess.run(
+        [*python, str(SEVENTY), "--case", options.case, "--batches", f"{all_rows}x{length}",
+         "--steps", str(options.steps), "--warmup", "1", *words, *options.overrides],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    step = next(line for line in lines if line["bench"] == "step")
+    print(json.dumps({**step, "kind": kind}), flush=True)
+    return float(step["tokens_per_s"])
 
 
 if __name__ == "__main__":
