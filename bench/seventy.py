@@ -6,13 +6,14 @@
     python bench/seventy.py --bus-gbs 25 --batches 1x512,1x1024,1x2048,4x2048
     python bench/seventy.py --exact --layers 4 --batches 1x512   (gradients, bit for bit)
     ... --cache FOLDER          the first start packs and keeps, the second one reads
+    ... --batches 1x32768 --steps 0 train.activation_offload=true train.mlp_tile_tokens=4096
 
 True shape, random weights drawn on the device layer by layer (no checkpoint of 140 GB). What is
 timed is what `nibble train` runs. `--bus-gbs` slows each copy down to that rate: pieces of 16 MiB
 with sleeps between them on the copy stream. JSON lines: `start` (seconds of loading, of registering
-host memory, until the end of the first step since the process began; host memory of all processes),
-then for each batch size `step` with tokens/s of all cards, the median of synchronised steps, peak
-GiB of each card, copies of blocks in a step, and host memory now and at its peak.
+host memory, of the first step, until its end since the process began; host memory of all
+processes), then for each batch size `step` with tokens/s of all cards, the median of synchronised
+steps, peak GiB of each card, copies of blocks in a step, and host memory now and at its peak.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--case", default="llama2-70b", choices=CASES)
     parser.add_argument("--layers", type=int, help="fewer layers of the same width")
     parser.add_argument("--batches", default="4x2048,1x2048,1x512", help="ROWSxTOKENS, ...")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="0: the first step alone")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--bus-gbs", type=float, help="slow the bus down to this rate")
     parser.add_argument("--exact", action="store_true", help="streamed against resident gradients")
@@ -183,6 +184,7 @@ def _measure_all(options: argparse.Namespace, recipe: Recipe, group: Group, fold
         rows, length = map(int, word.split("x"))
         steps = RandomSteps(vocabulary=vocabulary, rows=rows, length=length)
         if number == 0:
+            begin = time.perf_counter()
             run.step(next(steps))
             _wait(place)
             _tell(
@@ -193,11 +195,14 @@ def _measure_all(options: argparse.Namespace, recipe: Recipe, group: Group, fold
                 overrides=options.overrides,
                 load_s=round(load_s, 1),
                 pinned_s=round(getattr(place, "pinned_s", 0.0), 1),
+                batch=word,
+                first_step_s=round(time.perf_counter() - begin, 1),
                 first_step_at_s=round(age_s(), 1),
                 segment_gib=round(sampler.segment_bytes / GIB, 2),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             )
-        _measure(options, run, steps, group, sampler, rows=rows, length=length)
+        if options.steps > 0:
+            _measure(options, run, steps, group, sampler, rows=rows, length=length)
     sampler.stop()
     place.close()
 

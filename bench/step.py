@@ -194,8 +194,10 @@ def _run(recipe: Recipe, assembly: Assembly, place: Placement, folder: Path) -> 
         seed=recipe.train.seed,
         views={name: place.view(name) for name in trained},
     )
-    loss = objective(
-        assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
+    loss = place.around(
+        objective(
+            assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
+        )
     )
     loader = RandomSteps(vocabulary=1, rows=1, length=2)
     state = TrainState(model=model, optimizer=optimizer, schedule=schedule, loader=loader)
