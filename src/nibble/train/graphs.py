@@ -118,7 +118,7 @@ class Passes:
         shape = self._shapes.setdefault(signature(batch), _Shape())
         self._count.fill_(max(num_targets, 1))
         self._scale.fill_(scale)
-        if shape.graph is None and self._is_due(shape, batch):
+        if shape.graph is None and self._is_due(shape):
             shape.graph = self._recorded(shape, batch)
         if shape.graph is None:
             with self._place.micro_batch(last=last):
@@ -150,15 +150,14 @@ class Passes:
             self._say("memory ran out beside CUDA graphs: they are given up, passes run eagerly")
         return had
 
-    def _is_due(self, shape: _Shape, batch: Batch) -> bool:
+    def _is_due(self, shape: _Shape) -> bool:
         """Whether a shape is to be recorded now, after the first update and its own warm-up."""
         ready = shape.is_candidate and shape.num_seen >= NUM_WARMUP
         if not ready or self._is_off or self._num_steps == 0:
             return False
         if self.num_graphs == MAX_GRAPHS:
             self._say(
-                f"{MAX_GRAPHS} shapes of micro-batches run as CUDA graphs; others "
-                f"({_named(batch)} is the first) run eagerly"
+                f"{MAX_GRAPHS} shapes of micro-batches run as CUDA graphs; others run eagerly"
             )
             return False
         return True

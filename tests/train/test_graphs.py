@@ -1,0 +1,341 @@
+"""Recorded passes without a GPU: when something is recorded, where it reads and writes, and what
+happens when it cannot be. A recording here is the work itself, done again on the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graph_models import Case, Seen, distance, make_batch, make_model, train
+from torch import Tensor, nn
+
+from nibble.data import Batch
+from nibble.errors import ConfigError
+from nibble.nn.attention import PACKED
+from nibble.place.graphs import NotRecordedError, Observed, Recorded, recorder_of
+from nibble.place.single import one_device
+from nibble.spec.config import Place, Recipe
+from nibble.spec.graphs import wish
+from nibble.spec.rules import check
+from nibble.train import graphs
+from nibble.train.graphs import MAX_GRAPHS, Passes, StaticGrads
+
+
+class FakeRecorder:
+    """Records by remembering; counts."""
+
+    def __init__(self) -> None:
+        self.observed = Observed(host_s=1.0, device_s=1.0, waits=None)
+        self.num_recorded = self.num_replayed = self.num_released = 0
+        self.refusal = ""
+
+    def observe(self, work: Callable[[], Any]) -> tuple[Any, Observed]:
+        return work(), self.observed
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        if self.refusal:
+            raise NotRecordedError(self.refusal)
+        self.num_recorded += 1
+
+        def replay() -> None:
+            self.num_replayed += 1
+            work()
+
+        return Recorded(replay=replay, num_bytes=1 << 20)
+
+    def release(self) -> None:
+        self.num_released += 1
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
+    made = FakeRecorder()
+    monkeypatch.setattr(graphs, "recorder_of", lambda place, model: made)
+    return made
+
+
+CASES = {
+    "nf4 lora": Case(),
+    "answers": Case(answers=True, accumulation=3),
+    "packed": Case(packed=True, rows=2, length=64),
+    "packed answers, recomputed": Case(packed=True, answers=True, policy="full", length=64),
+    "selective": Case(packed=True, policy="selective", keep_blocks=1, length=64),
+    "full training": Case(quant="none", adapter="none", accumulation=1),
+    "int8 dora": Case(quant="int8", adapter="dora"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_passes_give_the_gradients_of_eager_ones(
+    name: str, tmp_path: Path, fake: FakeRecorder
+) -> None:
+    case = CASES[name]
+    eager = train(case, tmp_path / "eager", graphs="off")
+    assert fake.num_recorded == 0
+    recorded = train(case, tmp_path / "graphs", graphs="on")
+    assert fake.num_replayed >= case.accumulation * (case.steps - 3)
+    assert 1 <= fake.num_recorded <= 2
+    assert distance(eager, recorded) < 1e-4
+    for key, value in eager.weights.items():
+        # AdamW's first updates are signs: where a gradient is noise, so is its sign.
+        assert (value - recorded.weights[key]).norm() <= 1e-3 * value.norm() + 1e-6
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(
+    tmp_path: Path, fake: FakeRecorder
+) -> None:
+    case = Case(packed=True, length=64, steps=6)
+    straight = train(case, tmp_path / "a", graphs="on")
+    train(case, tmp_path / "b", graphs="on", max_steps=3)
+    resumed = train(case, tmp_path / "b", graphs="on", resume=True)
+    for key, value in straight.weights.items():
+        assert torch.equal(value, resumed.weights[key]), key
+    assert {s: straight.losses[s] for s in (4, 5, 6)} == resumed.losses
+
+
+def a_model() -> tuple[nn.Parameter, Callable[[Batch, Tensor, Tensor], Tensor], list[int]]:
+    """A parameter, work on it, and the addresses that the work saw."""
+    weight = nn.Parameter(torch.ones(200, 3))
+    seen: list[int] = []
+
+    def work(batch: Batch, count: Tensor, scale: Tensor) -> Tensor:
+        seen.append(batch.input_ids.data_ptr())
+        loss = weight[batch.input_ids].pow(2).sum() / count
+        torch.autograd.backward(loss * scale)
+        return loss.detach()
+
+    return weight, work, seen
+
+
+def passes(fake: FakeRecorder, **words: Any) -> tuple[Passes, nn.Parameter, list[int], list[str]]:
+    weight, work, seen = a_model()
+    notes: list[str] = []
+    made = Passes(
+        work,
+        place=one_device(Place(device="cpu")),
+        parameters=[weight],
+        recorder=fake,
+        note=notes.append,
+        **{"always": True, **words},
+    )
+    return made, weight, seen, notes
+
+
+def step(made: Passes, weight: nn.Parameter, batch: Batch, *, num: int = 1) -> Tensor:
+    """One update of plain descent from `num` passes; returns the gradient."""
+    for index in range(num):
+        made.run(batch, num_targets=7, scale=2.0, last=index == num - 1)
+    assert weight.grad is not None
+    grad = weight.grad.clone()
+    weight.grad = None
+    made.end_step()
+    return grad
+
+
+def test_a_shape_is_recorded_after_its_warm_up_and_the_first_update() -> None:
+    fake = FakeRecorder()
+    made, weight, seen, notes = passes(fake)
+    step(made, weight, make_batch(Case(), 0), num=4)
+    assert fake.num_recorded == 0, "the optimiser has no memory yet"
+    for seed in range(1, 4):
+        step(made, weight, make_batch(Case(), seed))
+        assert (fake.num_recorded, fake.num_replayed) == (1, seed)
+    assert len(set(seen[-3:])) == 1, "inputs lie where they lay"
+    assert len(notes) == 1 and notes[0].startswith("micro-batches of 2x32 run as a CUDA graph")
+
+
+def test_gradients_have_one_address_and_begin_at_zero() -> None:
+    fake = FakeRecorder()
+    made, weight, _, _ = passes(fake)
+    addresses = set()
+    for seed in range(6):
+        batch = make_batch(Case(), seed)
+        made.run(batch, num_targets=7, scale=2.0, last=True)
+        assert weight.grad is not None
+        expected = torch.zeros(200).index_add_(
+            0, batch.input_ids.flatten(), torch.full((64,), 4 / 7)
+        )
+        torch.testing.assert_close(weight.grad, expected[:, None].expand(-1, 3))
+        if fake.num_replayed:
+            addresses.add(weight.grad.data_ptr())
+        weight.grad = None
+        made.end_step()
+    assert fake.num_replayed == 4 and len(addresses) == 1
+
+
+def test_eager_and_recorded_passes_of_one_step_add_up() -> None:
+    fake = FakeRecorder()
+    made, weight, _, _ = passes(fake)
+    known, other = make_batch(Case(), 1), make_batch(Case(length=40), 2)
+    for _ in range(3):
+        step(made, weight, known)
+    alone = step(made, weight, known)
+    made.run(other, num_targets=7, scale=2.0, last=False)
+    assert weight.grad is not None
+    first = weight.grad.clone()
+    made.run(known, num_targets=7, scale=2.0, last=False)
+    made.run(other, num_targets=7, scale=2.0, last=True)
+    torch.testing.assert_close(weight.grad, 2 * first + alone)
+
+
+@pytest.mark.parametrize(
+    ("observed", "said"),
+    [
+        (Observed(host_s=1.0, device_s=1.0, waits="a/b.py:3"), r"waits .* \(a/b.py:3\)"),
+        (Observed(host_s=0.4, device_s=1.0, waits=None), "busy anyway .* 40% of its time"),
+        (Observed(host_s=0.9, device_s=1.0, waits=None), "from here on"),
+    ],
+)
+def test_what_is_observed_decides(observed: Observed, said: str) -> None:
+    import re
+
+    fake = FakeRecorder()
+    fake.observed = observed
+    made, weight, _, notes = passes(fake, always=False)
+    grads = [step(made, weight, make_batch(Case(), 1)) for _ in range(5)]
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    assert len(notes) == 1 and re.search(said, notes[0]), notes
+    assert fake.num_recorded == (1 if "here on" in said else 0)
+
+
+def test_large_gradients_are_not_kept_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAD_BYTES", 2000)
+    for always in (False, True):
+        fake = FakeRecorder()
+        made, weight, _, _ = passes(fake, always=always)
+        for _ in range(3):
+            step(made, weight, make_batch(Case(), 1))
+        assert fake.num_recorded == int(always)
+
+
+def test_a_failed_recording_leaves_the_pass_eager_and_whole() -> None:
+    fake = FakeRecorder()
+    fake.refusal = "the device has no memory left for it"
+    made, weight, _, notes = passes(fake)
+    grads = [step(made, weight, make_batch(Case(), 1), num=2) for _ in range(4)]
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    assert notes == [
+        "no CUDA graph for micro-batches of 2x32: the device has no memory left for it"
+    ]
+
+
+def test_the_number_of_graphs_is_bounded() -> None:
+    fake = FakeRecorder()
+    made, weight, _, notes = passes(fake)
+    for length in range(20, 20 + MAX_GRAPHS + 2):
+        for _ in range(4):
+            step(made, weight, make_batch(Case(length=length), length))
+    assert made.num_graphs == fake.num_recorded == MAX_GRAPHS
+    assert sum("others" in note for note in notes) == 1
+
+
+def test_memory_that_runs_out_beside_graphs_takes_them_back() -> None:
+    fake = FakeRecorder()
+    made, weight, _, notes = passes(fake)
+    for _ in range(3):
+        expected = step(made, weight, make_batch(Case(), 1))
+    work, fails = made._work, [True]
+
+    def scarce(batch: Batch, count: Tensor, scale: Tensor) -> Tensor:
+        loss = work(batch, count, scale)
+        if fails.pop():
+            fails.append(False)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        fails.append(False)
+        return loss
+
+    made._work = scarce
+    longer = make_batch(Case(length=48), 3)
+    grad = step(made, weight, longer)
+    assert made.num_graphs == 0 and fake.num_released == 1
+    assert torch.equal(grad, step(made, weight, longer)), "the failed pass left nothing"
+    assert torch.equal(step(made, weight, make_batch(Case(), 1)), expected)
+    assert "given up" in notes[-1] and not made.release()
+
+
+def test_hooks_of_the_placement_run_after_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import contextmanager
+
+    from nibble.place.single import Single
+
+    fake = FakeRecorder()
+    made, weight, _, _ = passes(fake)
+    told: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def micro_batch(self: Single, *, last: bool) -> Any:
+        told.append(("replays" if fake.num_replayed else "eager", last))
+        yield
+
+    monkeypatch.setattr(Single, "micro_batch", micro_batch)
+    for _ in range(2):
+        step(made, weight, make_batch(Case(), 1), num=2)
+    assert told == [("eager", False), ("eager", True), ("replays", True)]
+    assert fake.num_replayed == 2
+
+
+def test_static_gradients_are_aligned_views_of_a_buffer() -> None:
+    params = [nn.Parameter(torch.ones(n)) for n in (3, 130, 5)]
+    params[1].grad = torch.full((130,), 2.0)
+    held = StaticGrads()
+    held.add(params[:2])
+    held.add(params)
+    held.attach_()
+    assert all(p.grad is not None and p.grad.data_ptr() % 64 == 0 for p in params)
+    assert [float(p.grad.sum()) for p in params if p.grad is not None] == [0, 260, 0]
+    for parameter in params:
+        parameter.grad = None
+    held.attach_()
+    assert all(p.grad is not None and not p.grad.any() for p in params)
+
+
+def test_on_a_cpu_nothing_is_recorded(tmp_path: Path) -> None:
+    case = replace(Case(), steps=2)
+    model = make_model(case)
+    assert recorder_of(one_device(Place(device="cpu")), model) == ""
+    seen: Seen = train(case, tmp_path, graphs="on")
+    assert not any("graph" in note for note in seen.notes)
+
+
+def test_the_attention_becomes_the_one_that_takes_offsets(fake: FakeRecorder) -> None:
+    model = make_model(Case())
+    notes: list[str] = []
+    words = {"place": one_device(Place(device="cpu")), "parameters": [], "note": notes.append}
+    work = a_model()[1]
+    assert graphs.passes_of(model, work, wish="off", **words) is None
+    assert model.config._attn_implementation != PACKED
+    assert graphs.passes_of(model, work, wish="auto", **words) is not None
+    assert model.config._attn_implementation == PACKED
+    model.config.attn_logit_softcapping = 30.0
+    assert graphs.passes_of(model, work, wish="auto", **words) is None
+    assert len(notes) == 1 and notes[0].startswith("no CUDA graphs: the masks of its attention")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"place": {"device": "cpu"}}, "place.device=cpu"),
+        ({"place": {"kind": "fsdp"}}, "place.kind=fsdp"),
+        ({"train": {"activation_offload": True}}, "train.activation_offload"),
+        ({"optim": {"method": "galore", "layerwise": True}}, "optim.layerwise"),
+        ({"adapter": {"kind": "lora", "dropout": 0.1}}, "adapter.dropout=0.1 and"),
+        ({"model": {"path": "x", "task": "classification"}}, "model.task=classification"),
+    ],
+)
+def test_recipes_that_cannot_be_recorded(words: dict[str, Any], said: str) -> None:
+    base: dict[str, Any] = {"model": {"path": "x"}, **words}
+    assert wish(Recipe.model_validate(base)) == "off"
+    demanded = {**base, "train": {**base.get("train", {}), "cuda_graphs": True}}
+    with pytest.raises(ConfigError, match=f"train.cuda_graphs=true with {said}"):
+        check(Recipe.model_validate(demanded))
+
+
+def test_what_a_recipe_wishes() -> None:
+    for value, expected in (("auto", "auto"), (True, "on"), (False, "off")):
+        recipe = Recipe.model_validate({"model": {"path": "x"}, "train": {"cuda_graphs": value}})
+        check(recipe)
+        assert wish(recipe) == expected
