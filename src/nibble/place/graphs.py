@@ -21,6 +21,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._num_recorded = 0
+        self._broken = ""
 
     def observe(self, work: Callable[[], T]) -> tuple[T, Observed]:
         """See `Recorder`; waits for the device at the end."""
@@ -117,6 +120,8 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], None]) -> Recorded:
         """See `Recorder`."""
+        if self._broken:
+            raise NotRecordedError(self._broken)
         self.release()
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -133,7 +138,7 @@ class CudaRecorder:
             try:
                 graph.capture_end()
             except RuntimeError as error:
-                reason = reason or _words(error)
+                self._broken = reason = reason or _words(error)
         present.wait_stream(self._stream)
         num_bytes = torch.cuda.memory_reserved(self.device) - before
         try:
@@ -143,9 +148,24 @@ class CudaRecorder:
             reason = reason or _words(error)
         if reason:
             del graph
+            if self._broken:
+                self._unwind()
             self.release()
             raise NotRecordedError(reason)
+        self._num_recorded += 1
         return Recorded(replay=graph.replay, num_bytes=num_bytes)
+
+    def _unwind(self) -> None:
+        """Tell the allocator that a recording is over which the driver threw away: before 2.13
+        torch forgets to, and would neither free nor reuse memory from then on."""
+        index = self.device.index or 0
+        steps = [torch._C._cuda_endAllocateToPool]
+        if self._num_recorded == 0:
+            steps.append(torch._C._cuda_releasePool)
+        for step in steps:
+            # Raises where torch has done it by itself.
+            with suppress(RuntimeError):
+                step(index, self._pool)
 
     def release(self) -> None:
         """See `Recorder`: cached memory goes back to the device."""
