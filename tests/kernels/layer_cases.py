@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from nibble.kernels.layers import EAGER, triton_kernels
-from nibble.nn import layer_functions
+from nibble.nn import fused_alibi, layer_functions
 from nibble.numerics.layer_functions import Activation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nn"))
 from fused_models import loss_and_gradients, make
+from triton_interpreter import mend
 
+mend()
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TRITON = triton_kernels()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -157,12 +159,61 @@ def test_cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
     assert TRITON.cross_entropy_(kept[:0], targets[:0], need_grad=True).shape == (0,)
 
 
+PRODUCT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+"""The interpreter takes the bits of bfloat16 for integers in a product."""
+
+
+# One token; two tiles of queries, not full; heads as wide as BLOOM's, and no power of two.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of what is not allowed
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "heads", "dim"), [(1, 1, 1, 16), (2, 150, 2, 24), (1, 200, 2, 128)]
+)
+def test_alibi_attention(
+    rows: int, tokens: int, heads: int, dim: int, padded: bool, dtype: torch.dtype
+) -> None:
+    qkv, grad = normal(rows, tokens, heads, 3, dim, dtype=dtype), normal(rows, tokens, heads, dim)
+    slopes = 0.3 * normal(rows, heads, 1, seed=2).abs()
+    bias = (slopes * torch.arange(tokens, device=DEVICE)).to(dtype)
+    padding = torch.zeros(rows, tokens, device=DEVICE, dtype=dtype) if padded else None
+    if padding is not None:
+        padding[0, : min(70, tokens - 1)] = torch.finfo(dtype).min  # a whole tile of keys
+        padding[-1, tokens - tokens // 8 :] = torch.finfo(dtype).min
+        grad[0, :70] = 0
+    grad = grad.to(dtype)
+    for given in (qkv, qkv.transpose(2, 3).contiguous().transpose(2, 3)):
+        out, sums = TRITON.alibi_attention(given, bias, padding, scale=0.2)
+        eager, expected = EAGER.alibi_attention(given, bias, padding, scale=0.2)
+        for one in (out, eager):
+            assert torch.isfinite(one).all()
+            if padded:
+                one[0, :70] = 0  # what sees padding alone is of no use to anyone
+        near(out, eager, units=8)  # scores of some hundreds, so that fp32 shares differ at once
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
+        words = {"bias": bias, "padding": padding, "scale": 0.2}
+        ours = TRITON.alibi_attention_backward(grad, given, eager, expected, **words)
+        by_qkv = EAGER.alibi_attention_backward(grad, given, eager, expected, **words)
+        # Shares of one are rounded to the type before they are multiplied.
+        near(ours, by_qkv, units=16)
+        assert ours.stride() == given.stride()
+
+
+def test_alibi_attention_of_no_rows() -> None:
+    qkv, bias = normal(0, 5, 2, 3, 16), normal(0, 2, 5)
+    out, sums = TRITON.alibi_attention(qkv, bias, None, scale=1.0)
+    assert out.shape == (0, 5, 2, 16) and sums.shape == (0, 2, 5)
+    words = {"bias": bias, "padding": None, "scale": 1.0}
+    assert TRITON.alibi_attention_backward(out, qkv, out, sums, **words).shape == qkv.shape
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="models are made on the CPU")
-@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "bloom"])
 def test_a_whole_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"quant": "nf4", "targets": ("all-linear",)}
     plain = loss_and_gradients(make(family, fused=False, **words)[0])[1]
-    monkeypatch.setattr(layer_functions, "layer_kernels", lambda _: TRITON)
+    for functions in (layer_functions, fused_alibi):
+        monkeypatch.setattr(functions, "layer_kernels", lambda _: TRITON)
     ours = loss_and_gradients(make(family, fused=True, **words)[0])[1]
     for name, gradient in plain.items():
         assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm(), name

@@ -10,12 +10,14 @@ import os
 
 import pytest
 import torch
+from triton_interpreter import mend
 
 from nibble.kernels import hqq, int8, nf4, ternary
 from nibble.numerics import int8 as eager_int8
 from nibble.numerics.formats import pack, unpack
 from nibble.spec.formats import FormatSpec
 
+mend()
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TWINS = {"nf4": nf4, "fp4": nf4, "hqq": hqq, "int8": int8, "ternary": ternary}
 SPECS = [
@@ -78,31 +80,69 @@ def test_no_rows_are_no_work(spec: FormatSpec) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
-@pytest.mark.parametrize("shape", [(1, 64), (5, 100), (33, 2112)])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 100), (33, 2112), (2, 9000)])
 def test_tokens_are_rounded_as_eager(threshold: float, shape: tuple[int, int]) -> None:
+    """But for columns of outliers, whose remainder the product adds."""
     x = normal(*shape)
     x[0] = 0
     x[-1, 7] = 25.0
-    codes, scales, flags = int8.round_tokens(x, threshold=threshold)
+    rounded = int8.round_tokens(x, threshold=threshold)
     expected, absmax, columns = eager_int8.quantize_tokens(x, threshold=threshold)
-    assert torch.equal(scales, absmax)
-    assert torch.equal(flags.nonzero().squeeze(1), columns)
-    assert torch.equal(codes, expected)
+    assert torch.equal(rounded.scales, absmax)
+    if rounded.listed is None:
+        assert threshold == 0
+    else:
+        assert int(rounded.listed[0]) == len(columns) > 0
+        assert torch.equal(rounded.listed[1 : 1 + len(columns)].long(), columns)
+    assert torch.equal(rounded.codes.index_fill(1, columns, 0), expected)
 
 
+MIXED_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+"""The interpreter takes the bits of bfloat16 for integers in a product."""
+
+
+@pytest.mark.parametrize("how", int8.PRODUCTS)
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mixed_product_equals_eager(threshold: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", MIXED_DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "features", "columns"), [(6, 40, 264), (70, 300, 128)])
+def test_the_mixed_product_equals_eager(
+    how: str,
+    threshold: float,
+    dtype: torch.dtype,
+    tokens: int,
+    features: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No outlier, one, more than are multiplied at once; with a bias and without."""
+    monkeypatch.setattr(int8, "CHOSEN", how)
     spec = FormatSpec(name="int8", bits=8, int8_threshold=threshold)
-    packed = pack(spec, normal(40, 264))
-    x = normal(6, 264)
-    x[:, 9] *= 20
-    x = x.to(dtype).view(2, 3, 264)
-    ours = int8.matmul(spec, packed, x)
-    eager = eager_int8.matmul(spec, packed, x)
-    assert ours.shape == (2, 3, 40)
-    error = ((ours - eager).float().norm() / eager.float().norm()).item()
-    assert error < (1e-6 if dtype == torch.float32 else 6e-3)
+    packed = pack(spec, normal(features, columns))
+    bias = normal(1, features)[0].to(dtype)
+    for outliers in ([], [9], list(range(0, 120, 6))):
+        x = normal(tokens, columns).clamp_(-5, 5)
+        x[:, outliers] *= 20
+        x = x.to(dtype).view(2, -1, columns)
+        for added in (None, bias):
+            ours = int8.matmul(spec, packed, x, added)
+            eager = eager_int8.matmul(spec, packed, x, added)
+            assert ours.shape == (2, tokens // 2, features) and ours.dtype == dtype
+            error = ((ours - eager).float().norm() / eager.float().norm()).item()
+            exact = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+            assert error < exact, outliers
+
+
+@pytest.mark.parametrize("tile", [int8.PRODUCT, int8.SMALL_PRODUCT])
+def test_tiles_cover_the_product_once(tile: int8.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles of tokens than a swath has, and a last one that is not full."""
+    small = int8.Tile(16, 32, 32, 4, 2)
+    monkeypatch.setattr(int8, "PRODUCT", small if DEVICE == "cpu" else tile)
+    monkeypatch.setattr(int8, "SMALL_PRODUCT", small if DEVICE == "cpu" else tile)
+    spec = FormatSpec(name="int8", bits=8, int8_threshold=6.0)
+    packed = pack(spec, normal(72, 128))
+    x = normal(16 * int8.SWATH + 23, 128)
+    ours, eager = int8.matmul(spec, packed, x), eager_int8.matmul(spec, packed, x)
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-4)
 
 
 @EVERY

@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": GEMMA,
     "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": False},
     "phi3": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+    "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
 }
 
 
@@ -49,7 +50,7 @@ def make(
     config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
     torch.manual_seed(0)
     softcap = getattr(config, "attn_logit_softcapping", None)
-    attention = "eager" if softcap is not None else "sdpa"
+    attention = "eager" if softcap is not None or family == "bloom" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -27,24 +27,27 @@ def launch(
     tensors: tuple[Tensor, ...],
     *numbers: float,
     num_warps: int,
+    num_stages: int = 3,
 ) -> None:
     """Run `kernel` on the tensors' device: `tensors` are its first arguments, `numbers` the rest.
 
     `numbers` are all other arguments in the kernel's order, its compile-time constants among them.
+    `num_stages`: how many loads a kernel's loops have in flight.
     """
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, tensors, *numbers, num_warps=num_warps)
+            launch(kernel, grid, tensors, *numbers, num_warps=num_warps, num_stages=num_stages)
         return
     addresses = 0
     for tensor in tensors:
         addresses |= tensor.data_ptr()
-    key = (id(kernel), device.index, numbers, *[tensor.dtype for tensor in tensors])
+    types = [tensor.dtype for tensor in tensors]
+    key = (id(kernel), device.index, num_warps, num_stages, numbers, *types)
     variant = _compiled.get(key) if addresses % ALIGNMENT_BYTES == 0 else None
     if variant is not None:
         variant[(*grid, 1, 1)[:3]](*tensors, *numbers)
         return
-    variant = kernel[grid](*tensors, *numbers, num_warps=num_warps)
+    variant = kernel[grid](*tensors, *numbers, num_warps=num_warps, num_stages=num_stages)
     if variant is not None and addresses % ALIGNMENT_BYTES == 0:  # None: the interpreter's
         _compiled[key] = variant

@@ -1,7 +1,8 @@
 """Who computes what lies between matrix products: eager functions or their Triton twins.
 
-The eager functions (`numerics/layer_functions.py`, `numerics/cross_entropy.py`) are the truth and
-run anywhere; on CUDA Triton's take their place where Triton is installed.
+The eager functions (`numerics/layer_functions.py`, `numerics/alibi_attention.py`,
+`numerics/cross_entropy.py`) are the truth and run anywhere; on CUDA Triton's take their place where
+Triton is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from nibble.numerics import alibi_attention as eager_attention
 from nibble.numerics import layer_functions as eager
 from nibble.numerics.cross_entropy import cross_entropy_
 
@@ -27,6 +29,8 @@ class LayerKernels:
     gate: Callable[..., Tensor]
     gate_backward: Callable[..., tuple[Tensor, Tensor | None]]
     cross_entropy_: Callable[..., Tensor]
+    alibi_attention: Callable[..., tuple[Tensor, Tensor]]
+    alibi_attention_backward: Callable[..., Tensor]
 
 
 EAGER = LayerKernels(
@@ -36,6 +40,8 @@ EAGER = LayerKernels(
     gate=eager.gate,
     gate_backward=eager.gate_backward,
     cross_entropy_=cross_entropy_,
+    alibi_attention=eager_attention.alibi_attention,
+    alibi_attention_backward=eager_attention.alibi_attention_backward,
 )
 
 
@@ -50,7 +56,7 @@ def layer_kernels(device_type: str) -> LayerKernels:
 @cache
 def triton_kernels() -> LayerKernels:
     """Triton's functions; importing them needs triton."""
-    from nibble.kernels import cross_entropy, gate, rms_norm, rotary
+    from nibble.kernels import alibi_attention, cross_entropy, gate, rms_norm, rotary
 
     return LayerKernels(
         rms_norm=rms_norm.rms_norm,
@@ -59,4 +65,6 @@ def triton_kernels() -> LayerKernels:
         gate=gate.gate,
         gate_backward=gate.gate_backward,
         cross_entropy_=cross_entropy.cross_entropy_,
+        alibi_attention=alibi_attention.alibi_attention,
+        alibi_attention_backward=alibi_attention.alibi_attention_backward,
     )

@@ -26,9 +26,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nibble.nn.adapted import Casts, adapted
 from nibble.nn.adapters import LoraLinear, adapters
+from nibble.nn.fused_alibi import FusedAlibiAttention
 from nibble.nn.layer_functions import gate, gate_pair, rms_norm, rotate
 from nibble.numerics.layer_functions import Activation
 
@@ -49,18 +51,22 @@ ACTIVATIONS: dict[str, Activation] = {
     "SiLU": "silu",
     "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
+    "BloomGelu": "gelu_tanh",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlpShape:
     """Names in a feed-forward layer: `into` its input's linears (gate and up; one linear of both if
-    `is_pair`; or one alone, without up), `out` the last, `activation` the module between."""
+    `is_pair`; or one alone, without up), `out` the last, `activation` the module between, `dropout`
+    the attribute with the probability of what drops behind `out`. A layer that is called with a
+    residual adds it."""
 
     into: tuple[str, ...]
     out: str = "down_proj"
     activation: str = "act_fn"
     is_pair: bool = False
+    dropout: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,12 @@ MLPS: dict[str, MlpShape] = {
     "Gemma3MLP": GATED,
     "Phi3MLP": MlpShape(into=("gate_up_proj",), activation="activation_fn", is_pair=True),
     "PhiMLP": MlpShape(into=("fc1",), out="fc2", activation="activation_fn"),
+    "BloomMLP": MlpShape(
+        into=("dense_h_to_4h",),
+        out="dense_4h_to_h",
+        activation="gelu_impl",
+        dropout="hidden_dropout",
+    ),
 }
 HEAD_NORMS = ("q_norm", "k_norm")
 ATTENTIONS: dict[str, AttentionShape] = {
@@ -98,6 +110,8 @@ ATTENTIONS: dict[str, AttentionShape] = {
     "PhiAttention": AttentionShape(out="dense", norms=("q_layernorm", "k_layernorm")),
     "Phi3Attention": AttentionShape(into=("qkv_proj",), window="config"),
 }
+ALIBI_ATTENTIONS = frozenset({"BloomAttention"})
+"""Classes that `nn/fused_alibi.py` serves."""
 NEEDS_PATH = ("Norm", "MLP", "Attention", "Moe", "MoE", "Experts")
 """Words in the names of classes that have or lack a fast path; LayerNorm is one kernel already."""
 
@@ -152,6 +166,8 @@ def _path(module: nn.Module) -> tuple[str, Callable[..., Any]] | None:
         return None if act is None else ("mlp", FusedMlp(module, shape, act))
     if name in ATTENTIONS:
         return "attention", FusedAttention(module, ATTENTIONS[name])
+    if name in ALIBI_ATTENTIONS:
+        return "attention", FusedAlibiAttention(module)
     return None
 
 
@@ -176,8 +192,8 @@ class FusedMlp:
     shape: MlpShape
     activation: Activation
 
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+    def __call__(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., D] to [..., D], added to the residual if given."""
         parts = together(_named(self.module, self.shape.into), hidden_states)
         if self.shape.is_pair:
             inner = gate_pair(parts[0], activation=self.activation)
@@ -185,7 +201,9 @@ class FusedMlp:
             up = parts[1] if len(parts) > 1 else None
             inner = gate(parts[0], up, activation=self.activation)
         out: Tensor = getattr(self.module, self.shape.out)(inner)
-        return out
+        if self.shape.dropout is not None:
+            out = F.dropout(out, getattr(self.module, self.shape.dropout), self.module.training)
+        return out if residual is None else residual + out
 
 
 @dataclass(frozen=True)

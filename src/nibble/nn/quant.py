@@ -169,9 +169,8 @@ class QuantLinear(nn.Module):
         tensors = self.packed()
         _, matmul = self._functions(x.device)
         if matmul is not None:
-            product = matmul(self.spec, tensors, x)
-        else:
-            product = F.linear(x, self._dense(tensors, x.dtype))
+            return matmul(self.spec, tensors, x, self.bias)
+        product = F.linear(x, self._dense(tensors, x.dtype))
         return product if self.bias is None else product.add_(self.bias.to(x.dtype))
 
     def transposed_product(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:

@@ -41,9 +41,16 @@ class Unpack(Protocol):
 
 
 class Matmul(Protocol):
-    """x [..., in] times the packed weight's transpose: [..., out] in x's type, no dense weight."""
+    """x [..., in] times the packed weight's transpose, plus a bias [out]: [..., out] in x's type,
+    no dense weight."""
 
-    def __call__(self, spec: FormatSpec, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor: ...
+    def __call__(
+        self,
+        spec: FormatSpec,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ over its values below the threshold, and the integer product is exact in 32 bits
 et al., LLM.int8(), arXiv 2208.07339 (threshold 6.0); arithmetic and storage are bitsandbytes'
 (scales are the absolute maxima).
 
-Costs: finding the outlier columns waits for the device once a product. The product has no gradient
-of its own: autograd functions multiply by the dense weight. It is not weight-only storage:
-activations are rounded too, as the paper does.
+Costs: finding the outlier columns waits for the device once a product (its twin does not). The
+product has no gradient of its own: autograd functions multiply by the dense weight. It is not
+weight-only storage: activations are rounded too, as the paper does.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ def unpack(
     return dense
 
 
-def matmul(spec: FormatSpec, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """`x` [..., in] times the packed weight's transpose: [..., out] in x's type."""
-    return int8_matmul(x, tensors["codes"], tensors["scales"], threshold=spec.int8_threshold)
+def matmul(
+    spec: FormatSpec, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`x` [..., in] times the packed weight's transpose, plus `bias`: [..., out] in x's type."""
+    threshold = spec.int8_threshold
+    product = int8_matmul(x, tensors["codes"], tensors["scales"], threshold=threshold)
+    return product if bias is None else product.add_(bias.to(x.dtype))
 
 
 def int8_matmul(x: Tensor, codes: Tensor, scales: Tensor, *, threshold: float) -> Tensor:
