@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -476,3 +478,24 @@ def test_what_steps_in_backward_cannot_serve_is_refused() -> None:
     handle.remove()
     losses_of(model, step=1, num_parts=1)[0].backward()
     assert not isinstance(model.up.weight.grad, ProjectedGrad)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_nothing_outlives_model_and_optimiser(in_backward: bool) -> None:
+    def use() -> list[weakref.ref[object]]:
+        model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16, bias=False))
+        groups = [
+            {"params": [model[0].weight, model[1].weight], "rank": 4, "basis": "randomised"},
+            {"params": [model[0].bias]},
+        ]
+        optimizer = Optimizer(groups)
+        layerwise_(optimizer, in_backward=in_backward)
+        for _ in range(2):
+            model(torch.ones(3, 16)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [weakref.ref(thing) for thing in (model, model[0].weight, optimizer)]
+
+    kept = use()
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * len(kept)

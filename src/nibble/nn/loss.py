@@ -12,9 +12,10 @@ f is the family's logit transform (soft cap, scale). Backward only multiplies by
 number, which is exact as the loss is a sum. Logits, softmax and dL/dW are fp32; the products are in
 the type of h, as a plain head's would be.
 
-Costs: h of the rows with targets once more, chunk * V * (size of h) bytes while it runs (as eager
-code 4 a logit more), and V * D * 4 bytes for dL/dW if the head is trained. Nothing is computed
-twice. A head that is not a plain linear layer (wrapped by an adapter, quantised) is called as it
+Costs: h of the rows with targets once more, and chunk * V * (size of h) bytes while it runs (as
+eager code 4 a logit more). A trained head costs the lesser of two: V * D * 4 bytes for dL/dW, or
+V * n * (size of h) for dL/dz of all rows, of which backward makes dL/dW in one product (fp16, whose
+range an unscaled sum may leave, always takes the former). Nothing is computed twice. A head that is not a plain linear layer (wrapped by an adapter, quantised) is called as it
 is, chunk by chunk under activation checkpointing: the head is then run twice.
 """
 
@@ -121,7 +122,11 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             head = weight.to(rows.dtype)
             grad_rows = torch.empty_like(rows) if needs_rows else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            keeps = needs_weight and _keeps_logits(rows, weight)
+            kept = rows.new_empty((rows.shape[0], weight.shape[0])) if keeps else None
+            grad_weight = None
+            if needs_weight and not keeps:
+                grad_weight = torch.zeros_like(weight, dtype=torch.float32)
             grad_bias = None
             if bias is not None and needs_bias:
                 grad_bias = torch.zeros_like(bias, dtype=torch.float32)
@@ -142,23 +147,45 @@ class _FusedLoss(torch.autograd.Function):
                 grad = grad.to(rows.dtype)
                 if grad_rows is not None:
                     torch.mm(grad, head, out=grad_rows[part])
+                if kept is not None:
+                    kept[part] = grad
                 if grad_weight is not None:
                     grad_weight += grad.T @ rows[part]
-        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.save_for_backward(
+            grad_rows, grad_weight, grad_bias, kept, None if kept is None else rows
+        )
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         scale = grad_outputs[0]
-        grad_rows, grad_weight, grad_bias = ctx.saved_tensors
+        grad_rows, grad_weight, grad_bias, kept, rows = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        if kept is not None:
+            made = (kept.T @ rows).mul_(scale).to(weight_dtype)
+        else:
+            made = None if grad_weight is None else _scaled(grad_weight, scale, weight_dtype)
         return (
             None if grad_rows is None else grad_rows * scale,
-            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            made,
             None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
             None, None, None,
         )  # fmt: skip
+
+
+def _keeps_logits(rows: Tensor, weight: Tensor) -> bool:
+    """Whether dL/dz of all rows is smaller than dL/dW in fp32, and may be what is kept."""
+    wide = rows.dtype in (torch.float32, torch.bfloat16)
+    return wide and rows.shape[0] * rows.element_size() <= weight.shape[1] * 4
+
+
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * scale in `dtype`, by rows: no second fp32 copy of a head is made."""
+    made = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    for target, part in zip(made.split(4096), grad.split(4096), strict=True):
+        target.copy_(part * scale)
+    return made
 
 
 def _logits(rows: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,7 +32,8 @@ possible but in backward: bases by SVD, and residuals, which need whole gradient
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,13 +70,13 @@ class Layerwise:
         for weight in self._found:
             before, after = weight.register_hook, weight.register_post_accumulate_grad_hook
             handles.append(before(self._before(weight)))  # type: ignore[no-untyped-call]
-            handles.append(after(self._after))  # type: ignore[no-untyped-call]
-            register_absent(weight, partial(self._absent, weight))
+            handles.append(after(_weakly(self._after)))  # type: ignore[no-untyped-call]
+            register_absent(weight, self._absent)
         for weight in self._numbers if in_backward else ():
             if weight not in self._found and weight.dim() > 1:
                 before, after = weight.register_hook, weight.register_post_accumulate_grad_hook
                 handles.append(before(self._before(weight)))  # type: ignore[no-untyped-call]
-                handles.append(after(self._step_now))  # type: ignore[no-untyped-call]
+                handles.append(after(_weakly(self._step_now)))  # type: ignore[no-untyped-call]
         handles.append(optimizer.register_step_post_hook(self._finish))
         # Loading replaces the groups and their options.
         handles.append(optimizer.register_load_state_dict_post_hook(lambda _: self._look_up()))
@@ -250,6 +251,20 @@ def layerwise_(
             "mode out"
         )
     return Layerwise(optimizer, dtype=dtype, in_backward=in_backward)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that does not keep its owner: torch's collector cannot see cycles through hooks that
+    run after a gradient is there, so model and state would stay for as long as the process lives.
+    """
+    held = weakref.WeakMethod(method)  # type: ignore[type-var]
+
+    def hook(weight: Tensor) -> None:
+        own = held()
+        if own is not None:
+            own(weight)
+
+    return hook
 
 
 def _wants_whole(group: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ error, since there is no full gradient to give.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,20 +86,25 @@ def projected_grad(
 _ABSENT: Any = WeakTensorKeyDictionary()
 
 
-def register_absent(param: Tensor, make: Callable[[], ProjectedGrad] | None) -> None:
-    """Say how the gradient of nothing is made for a parameter; None: it is whole again."""
+def register_absent(param: Tensor, make: Callable[[Tensor], ProjectedGrad] | None) -> None:
+    """Say by which method the gradient of nothing is made for a parameter; None: it is whole again.
+
+    The method is held weakly: its owner knows the parameter, and a table that kept the owner would
+    keep model and state for as long as the process lives.
+    """
     if make is None:
         _ABSENT.pop(param, None)
     else:
-        _ABSENT[param] = make
+        _ABSENT[param] = weakref.WeakMethod(make)  # type: ignore[type-var]
 
 
 def absent_grad(param: Tensor) -> Tensor:
     """The gradient of a parameter that this process did not use: zeros of the shapes that it has on
     the others, whole or small, with sketches exactly when a new basis is due.
     """
-    make = _ABSENT.get(param)
-    return torch.zeros_like(param) if make is None else make()
+    method = _ABSENT.get(param)
+    make = None if method is None else method()
+    return torch.zeros_like(param) if make is None else make(param)
 
 
 def small_tensors(params: Iterable[Tensor]) -> list[Tensor]:
