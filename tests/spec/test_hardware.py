@@ -27,7 +27,7 @@ def test_every_row_has_its_source_and_date_and_no_name_twice() -> None:
     for key, row in rows.items():
         assert row["source"] and isinstance(row["date"], datetime.date), key
         for name in (key, *row["names"]):
-            assert names.setdefault(module._plain(name), key) == key
+            assert names.setdefault(module.plain_name(name), key) == key
     for wanted in ("rtx3090", "rtx4090", "rtx5090", "rtx4060ti-16gb", "rtx3060", "a10g", "a10"):
         assert wanted in rows
     for wanted in ("a100-40gb", "a100-80gb", "l4", "l40s", "h100", "h200", "t4", "v100-16gb"):

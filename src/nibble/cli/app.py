@@ -73,19 +73,49 @@ def train(
 @app.command(context_settings=EXTRA)
 def plan(
     context: typer.Context,
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file, a built-in recipe or a run folder."),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="Plan for this card, such as rtx4090; default: this machine's."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them share the run.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A row for each method: memory, speed, cost, quality."),
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="Host memory to be had, such as 64GiB.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=8, help="Tokens in a row.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Measure this machine and write its row of hardware.toml.")
+    ] = False,
     json: Annotated[bool, typer.Option(help="For programs.")] = False,
 ) -> None:
     """Bytes by category and phase, and tokens per second, before anything is loaded."""
+    words = list(context.args)
+    if recipe is not None and "=" in recipe:
+        words.insert(0, recipe)
+        recipe = None
+    if calibrate:
+        from nibble.cli.calibrating import run as measure
+
+        measure(as_json=json)
+        return
+    if compare is not None:
+        from nibble.cli.comparing import show_comparison
+
+        show_comparison(
+            compare, words, as_json=json, gpu=gpu, gpus=gpus, ram=ram, row_tokens=tokens
+        )
+        return
     from nibble.cli.planning import show_plan
     from nibble.spec.load import load_recipe
 
-    show_plan(load_recipe(recipe, context.args), as_json=json, gpu=gpu, gpus=gpus)
+    if recipe is None:
+        raise typer.BadParameter("name a RECIPE (nibble recipes), or --compare MODEL")
+    show_plan(load_recipe(recipe, words), as_json=json, gpu=gpu, gpus=gpus)
 
 
 @app.command()

@@ -32,6 +32,9 @@ FP32_SHARE = 1 / 8
 LAUNCH_US = 8.0
 """Where nothing is measured; hosts of rented cards have 10, fast desktops 5."""
 
+CPU = "cpu"
+"""Key of the row of this machine's processor."""
+
 _NUMBERS = ("memory_gib", "matmul_tflops", "bandwidth_gbs", "bus_gbs")
 _OPTIONAL_NUMBERS = (
     "sustained_tflops",
@@ -67,6 +70,11 @@ class Hardware:
     source: str
     date: str
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is this machine's processor, which only the user's own file can have."""
+        return self.name == CPU
+
     def rate(self, precision: str) -> float:
         """FLOP/s of products in the type that a recipe computes in."""
         return self.fp32_flops if precision == "fp32" else self.matmul_flops
@@ -78,11 +86,11 @@ def hardware(name: str) -> Hardware:
     Raises ConfigError for an unknown card with the nearest names, and for a malformed user file.
     """
     rows = _rows()
-    wanted = _plain(name)
+    wanted = plain_name(name)
     for key, row in rows.items():
-        if wanted in {_plain(key), *(_plain(other) for other in row.get("names", []))}:
+        if wanted in {plain_name(key), *(plain_name(other) for other in row.get("names", []))}:
             return _hardware(key, row)
-    plain = {_plain(key): key for key in rows}
+    plain = {plain_name(key): key for key in rows}
     near = difflib.get_close_matches(wanted, plain, n=4, cutoff=0.4)
     shown = ", ".join(plain[found] for found in near) if near else ", ".join(rows)
     raise ConfigError(
@@ -112,7 +120,7 @@ def _rows() -> dict[str, dict[str, Any]]:
         given = tomllib.loads(own.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{own}: not TOML ({error}); correct it or move it away") from None
-    by_plain = {_plain(key): key for key in rows}
+    by_plain = {plain_name(key): key for key in rows}
     for key, row in given.items():
         if not isinstance(row, dict):
             raise ConfigError(f"{own}: {key} is not a table; write [{key}] above its rows")
@@ -122,7 +130,7 @@ def _rows() -> dict[str, dict[str, Any]]:
                 f"{own}: [{key}] has the unknown key {unknown[0]}; known are "
                 f"{', '.join(sorted(_KEYS))}"
             )
-        same = by_plain.get(_plain(key), key)
+        same = by_plain.get(plain_name(key), key)
         rows[same] = {**rows.get(same, {"source": f"{own}", "date": "yours"}), **row}
         _hardware(same, rows[same], where=f"{own}: ")
     return rows
@@ -162,5 +170,6 @@ def _fp32_tflops(row: dict[str, Any]) -> float:
     return float(row.get("sustained_fp32_tflops", nominal * SUSTAINED_SHARE))
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name without case, spaces, dashes and vendor words, as names are compared."""
     return _NOISE.sub("", name.lower())

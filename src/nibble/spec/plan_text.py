@@ -70,6 +70,28 @@ def speed_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def show_count(number: float) -> str:
+    """`10 M`, `1.5 G`: a large count to three digits."""
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def show_duration(hours: float) -> str:
+    """Hours as `12 min`, `3.4 h` or `12 d`."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:.0f} d"
+
+
+def show_money(usd: float | None) -> str:
+    """`$1.20`; a dot where the price is not known."""
+    return "·" if usd is None else f"${usd:,.2f}" if usd < 1000 else f"${usd:,.0f}"
+
+
 def _title(plan: Plan) -> str:
     quant, adapter = plan.recipe.quant.format, plan.recipe.adapter.kind
     method = {"none": "full training", "expand": "block expansion"}.get(adapter, adapter)

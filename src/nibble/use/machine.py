@@ -73,7 +73,7 @@ class Facts:
 def collect(distributions: Iterable[str]) -> Facts:
     """The facts of this machine, with the versions of these distributions."""
     torch_cuda, gpus = _torch_facts()
-    total, free = _host_memory()
+    total, free = host_memory()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nibble"
     return Facts(
         python=sys.version_info[:3],
@@ -197,7 +197,7 @@ def _folder(role: str, path: Path) -> Folder:
     return Folder(role=role, path=str(path), free_bytes=free, is_writable=writable)
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Total and available bytes, within the container's limit where Linux has one."""
     info = Path("/proc/meminfo")
     if not info.is_file():
