@@ -20,8 +20,8 @@ heads, e bytes a number (2 in bf16). A block keeps
     dropout       h T                a byte an element
 
 nibble's fast paths (`nn/fused.py`) keep less: of an RMS norm its input as it is (e h T), of a gated
-MLP gate and up (2 e f T). Feed-forward layers in tiles keep their input alone. What checkpointing
-makes of these lists is `checkpointing.py`. Each term is compared with what `saved_tensors_hooks`
+MLP gate and up (2 e f T), of ALiBi's attention no scores. Feed-forward layers in tiles keep their
+input alone. What checkpointing makes of these lists is `checkpointing.py`. Each term is compared with what `saved_tensors_hooks`
 counts on real models in tests/spec/test_plan_activations.py. Not here: tensors alive only inside an
 operation (`backward_bytes` bounds those), allocator rounding.
 """
@@ -36,7 +36,7 @@ from nibble.spec.arch import Architecture
 from nibble.spec.arch_types import Parameter
 
 FAST_PATHS = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3"}
+    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "bloom"}
 )
 """Model types whose blocks have fast paths (the tables of `nn/fused.py`, by family)."""
 
@@ -167,7 +167,7 @@ def _attention_workspace(shape: Architecture, work: Work) -> int:
     """Gradients of output, query, key and value, and what the kernel adds up in: the query's in
     fp32, key's and value's for each of the query's heads."""
     sizes, tokens, e = shape.sizes, work.tokens, work.element
-    if shape.style.scores != "fused":
+    if not stores_no_scores(shape, work):
         return (8 + e) * sizes.num_heads * work.row_length * tokens
     shared = sizes.num_kv_heads < sizes.num_heads and not work.packed_rows
     query = sizes.num_heads * (2 * e + 4 + (2 * e if shared else 0))
@@ -180,7 +180,7 @@ def forward_bytes(shape: Architecture, work: Work) -> int:
     seen = min(tokens, work.mlp_tile_tokens or tokens)
     mlp = (3 if shape.style.gated else 2) * e * sizes.ffn * max(shape.experts_per_token, 1) * seen
     attention = e * sizes.head_dim * (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * tokens
-    if shape.style.scores != "fused":
+    if not stores_no_scores(shape, work):
         attention += (4 + e) * sizes.num_heads * work.row_length * tokens
     return max(mlp, attention, 2 * 4 * sizes.hidden * tokens) + 2 * e * sizes.hidden * tokens
 
@@ -234,13 +234,20 @@ def _norms(shape: Architecture, work: Work, *, is_first: bool) -> dict[str, int]
     return kept
 
 
+def stores_no_scores(shape: Architecture, work: Work) -> bool:
+    """Whether attention is one kernel: torch's, or on the fast path our own for ALiBi."""
+    style = shape.style
+    alibi = style.scores == "eager" and work.fused and not style.attention_dropout
+    return style.scores == "fused" or alibi
+
+
 def _attention(shape: Architecture, work: Work) -> dict[str, int]:
     sizes, style, tokens, e = shape.sizes, shape.style, work.tokens, work.element
     one = e * tokens * sizes.head_dim
     query = one * sizes.num_heads
     key = one * (sizes.num_heads if work.packed_rows else sizes.num_kv_heads)
     kept = {"query": query, "key": key, "value": key}
-    if style.scores == "fused":
+    if stores_no_scores(shape, work):
         if style.projection == "fused_rotated" and not work.packed_rows:
             kept["value"] = query + 2 * key  # a view keeps the whole projection alive
         kept["attention"] = query + 4 * sizes.num_heads * tokens
@@ -286,7 +293,7 @@ def _inputs(shape: Architecture, work: Work, linears: Iterable[Parameter]) -> di
             widths[role(linear)] = linear.matrix[1]
     if work.everything and shape.num_experts:
         widths["MLP input"] = shape.sizes.hidden  # the router's
-    if shape.style.scores == "fused" and (
+    if stores_no_scores(shape, work) and (
         work.packed_rows or work.fused or not shape.style.copied_output
     ):
         widths.pop("attention output", None)  # the kernel keeps it already
