@@ -73,9 +73,16 @@ class Work:
         return self.mlp_tile_tokens is not None and self.tokens > self.mlp_tile_tokens
 
 
-def kept_by_blocks(shape: Architecture, work: Work) -> list[Mapping[str, int]]:
+@lru_cache(maxsize=256)
+def kept_by_blocks(shape: Architecture, work: Work) -> tuple[Mapping[str, int], ...]:
     """What each block keeps without checkpointing, by name of the tensor."""
-    return [kept_by_block(shape, work, block=index) for index in range(shape.sizes.num_layers)]
+    return tuple(kept_by_block(shape, work, block=i) for i in range(shape.sizes.num_layers))
+
+
+@lru_cache(maxsize=256)
+def kept_bytes(shape: Architecture, work: Work) -> tuple[int, ...]:
+    """The bytes of these, block by block."""
+    return tuple(sum(kept.values()) for kept in kept_by_blocks(shape, work))
 
 
 @lru_cache(maxsize=4096)
@@ -183,6 +190,13 @@ def forward_bytes(shape: Architecture, work: Work) -> int:
     if not stores_no_scores(shape, work):
         attention += (4 + e) * sizes.num_heads * work.row_length * tokens
     return max(mlp, attention, 2 * 4 * sizes.hidden * tokens) + 2 * e * sizes.hidden * tokens
+
+
+@lru_cache(maxsize=256)
+def mlp_size(shape: Architecture) -> int:
+    """Weights of the feed-forward layers that may go by tiles; a mixture's may not."""
+    rows = () if shape.num_experts else shape.linears
+    return sum(p.size for p in rows if p.block is not None and role(p).startswith("MLP"))
 
 
 def role(parameter: Parameter) -> str:

@@ -361,6 +361,7 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     },
     "train.activation_checkpointing": {True: "full", False: "none"},
     "train.profile": {True: {}, False: None},
+    "fit": {"auto": {}, True: {}, False: None, "none": None},
     "quant.format": {False: "none", None: "none"},
     "adapter.kind": {False: "none", None: "none"},
     "data.too_long": {"delete": "drop", "right": "truncate", "raise": "error"},

@@ -68,6 +68,17 @@ class Architecture:
         return not self.encoder
 
     @cached_property
+    def linears(self) -> tuple[Parameter, ...]:
+        """Matrices of the blocks that products read, experts and routers apart."""
+        return tuple(p for p in self.parameters if p.kind == "linear")
+
+    @cached_property
+    def linear_widths(self) -> tuple[int, int]:
+        """Outputs and inputs of one token through all of these."""
+        shapes = [p.matrix for p in self.linears]
+        return sum(out for out, _ in shapes), sum(inside for _, inside in shapes)
+
+    @cached_property
     def head_size(self) -> int:
         """Weights of the product that makes the logits, tied or not; 0 for a classifier."""
         if any(parameter.kind == "classifier" for parameter in self.parameters):

@@ -21,7 +21,7 @@ from nibble.spec.activations import (
     attention_output_bytes,
     backward_bytes,
     input_bytes,
-    kept_by_blocks,
+    kept_bytes,
 )
 from nibble.spec.arch import Architecture
 from nibble.spec.config import Train
@@ -67,7 +67,7 @@ def num_kept_blocks(train: Train, num_blocks: int) -> int:
 
 def keeping(shape: Architecture, work: Work, train: Train) -> Keeping:
     """Price the settings of `train` for one pass."""
-    lists = [sum(kept.values()) for kept in kept_by_blocks(shape, work)]
+    lists = kept_bytes(shape, work)
     num_kept = num_kept_blocks(train, len(lists))
     num_again = len(lists) - num_kept
     one = input_bytes(shape, work)

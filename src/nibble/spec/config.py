@@ -30,6 +30,7 @@ DataFormat = Literal[
 Task = Literal["causal-lm", "classification"]
 Precision = Literal["bf16", "fp32", "fp16"]
 SinkName = Literal["progress", "plain", "tensorboard", "wandb"]
+FitWord = Literal["format", "optimizer", "method", "rank"]
 PlacementName = Literal["auto", "single", "ddp", "fsdp", "stream", "dp", "deepspeed"]
 
 
@@ -324,6 +325,20 @@ class Place(Section):
     """A process that waits longer for another ends the run and names the step."""
 
 
+class Fit(Section):
+    """What `fit: auto` chooses, for the most tokens a second within the memory."""
+
+    allow: tuple[FitWord, ...] = ()
+    """Choices that change what is learnt, made only when named: format (none, int8, nf4), optimizer
+    (8-bit states), method (layer-wise GaLore where all is trained), rank (lower, as far as needed
+    for anything to fit)."""
+    batch_rows: int | None = Field(default=None, ge=1)
+    """Rows of one update over all devices, to be split into micro-batches and passes (default: as
+    many as the recipe has)."""
+    fixed: tuple[str, ...] = ()
+    """Settings that stay as they are. Those that you give are added when the recipe is read."""
+
+
 class Report(Section):
     """Where progress goes. metrics.jsonl is always written."""
 
@@ -360,6 +375,9 @@ class Recipe(Section):
     """The loop."""
     place: Place = Place()
     """Devices."""
+    fit: Fit | None = None
+    """`auto`: nibble chooses placement, micro-batch and how activations are kept, as far as you do
+    not give them; or a mapping of the settings below."""
     report: Report = Report()
     """Progress and logs."""
     export: Export = Export()

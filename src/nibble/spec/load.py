@@ -22,6 +22,7 @@ from nibble.errors import ConfigError
 from . import recipes, rules, schema
 from .aliases import VOCABULARY
 from .config import Recipe
+from .given import fixing
 from .texts import nearest, show
 from .words import Layer, Tree, apply, claim_all, flatten, look_up, put
 from .yaml_text import dump, parse_file_text, parse_value
@@ -43,22 +44,25 @@ def load_recipe(
     YAML. `base`: settings below the file, in the same words. A plain path given for data.train or
     data.eval over a recipe's only source keeps how that source is read. Raises ConfigError.
     """
-    layers: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+    layers: list[tuple[Mapping[str, Any], Mapping[str, str], bool]] = []
     if base:
-        layers.append((dict(flatten(base, VOCABULARY)), {}))
+        layers.append((dict(flatten(base, VOCABULARY)), {}, True))
     if path is not None:
         text, where = _read(path)
-        layers.append((dict(flatten(parse_file_text(text, where=where), VOCABULARY)), {}))
-    given, texts = parse_overrides(overrides)
-    if given or not layers:
-        layers.append((given, texts))
+        read = dict(flatten(parse_file_text(text, where=where), VOCABULARY))
+        layers.append((read, {}, where != _built_in(path)))
+    typed, texts = parse_overrides(overrides)
+    if typed or not layers:
+        layers.append((typed, texts, True))
     tree: Tree = {}
-    for words, raw in layers:
+    given: set[str] = set()
+    for words, raw, somebody_said_so in layers:
         layer = Layer(words=words, below=tree, texts=raw)
         claim_all(layer, VOCABULARY)
         mine = {claim.path for _, claim in layer.claims}
+        given |= mine if somebody_said_so else set()
         tree = _drop_moot(below=tree, tree=apply(layer), mine=mine)
-    recipe = _validate(tree)
+    recipe = fixing(_validate(tree), given)
     rules.check(recipe)
     return recipe
 
@@ -111,13 +115,17 @@ def _read(path: str | Path) -> tuple[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read as text: {error}") from None
     if isinstance(path, str) and path in recipes.names():
-        return recipes.text(path), f"recipe {path}"
+        return recipes.text(path), _built_in(path)
     if file.is_dir():
         raise ConfigError(f"{path} is a folder without {RUN_RECIPE}: give a recipe file")
     known = recipes.names()
     near = nearest(str(path), known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"built-in ones: {', '.join(known)}"
     raise ConfigError(f"recipe {path} is neither a file nor a built-in recipe: {hint}")
+
+
+def _built_in(name: str | Path) -> str:
+    return f"recipe {name}"
 
 
 def _drop_moot(*, below: Tree, tree: Tree, mine: set[str]) -> Tree:

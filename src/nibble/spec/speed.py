@@ -15,7 +15,8 @@ by a backward that does not. The host runs ahead of the device through a whole s
                traffic (a multiple of what blocks keep), logits, gradients, the optimiser's pass
     bus        streamed blocks once forward and once backward; activations that wait on the host;
                what devices send each other, where the card has no link of its own
-    launches   kernels a block by how it is built, times what Python takes around each
+    launches   kernels a block by how it is built, times what Python takes around each; none of a
+               pass that is replayed as a CUDA graph
 
 The constants below were fitted on one H200 to the rows of bench/results (tests/spec/test_speed.py
 has planned and measured side by side). A card brings its own rates (`hardware.toml`, or
@@ -27,9 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nibble.spec.activations import Work, kept_by_block
+from nibble.spec.activations import Work, kept_by_block, mlp_size
 from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
+from nibble.spec.graphs import wish
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices, Holding, placement_kind
 from nibble.spec.inventory import Inventory
@@ -206,7 +208,8 @@ def estimate(
         return flops * devices.total, None
     forward, backward = count.stage(FORWARD, hardware), count.stage(BACKWARD, hardware)
     python = HOST_FUSED if work.fused else HOST_UNFUSED
-    kernels = passes * count.kernels() + count.update_kernels()
+    is_replayed = wish(recipe) != "off" and not count.synchronises and not hardware.is_cpu
+    kernels = (0.0 if is_replayed else passes * count.kernels()) + count.update_kernels()
     if placement_kind(recipe.place, devices.total) == "dp":
         kernels *= devices.per_machine  # one process launches for all
     launches_s = kernels * python * hardware.launch_s
@@ -264,6 +267,8 @@ class _Count:
         products = base * (1.0 + self._trained_share() + again) - int8
         products += head * (2.0 if stock.head_trained else 1.0)
         products += (low + norms) * again + 2.0 * low
+        if self.work.tiled:  # each tile again, in the blocks that keep the rest
+            products += 2.0 * (1.0 - again) * mlp_size(shape) * tokens
         keeps = self.recipe.train.activation_checkpointing == "selective"
         return products, int8, attention * (2.5 + (0.0 if keeps else again))
 
@@ -302,11 +307,9 @@ class _Count:
 
     def kernels(self) -> float:
         """Kernels of one pass."""
-        if getattr(self.recipe.train, "cuda_graphs", False) is True:
-            return 0.0
         stock = self.stock
         layers = max(1, stock.architecture.sizes.num_layers)
-        linears = sum(p.kind == "linear" for p in stock.architecture.parameters) / layers
+        linears = len(stock.architecture.linears) / layers
         block, each = KERNELS_FUSED if self.work.fused else KERNELS_UNFUSED
         one = block + each * len(stock.adapted) / layers
         if stock.num_packed and stock.spec is not None:
@@ -359,9 +362,9 @@ class _Count:
 
     def _int8_traffic(self) -> float:
         """Inputs are read and quantised, sums of int32 written, read and scaled."""
-        linears = [p.matrix for p in self.stock.architecture.parameters if p.kind == "linear"]
+        outputs, inputs = self.stock.architecture.linear_widths
         e = self.work.element
-        return float(self.work.tokens * sum((e + 2) * i + (8 + e) * o for o, i in linears))
+        return float(self.work.tokens * ((e + 2) * inputs + (8 + e) * outputs))
 
     def _pulled(self) -> int:
         """Bytes of blocks that are not on the device when a pass comes to them."""

@@ -22,6 +22,8 @@ from .texts import nearest, show
 
 Tree = dict[str, Any]
 SOURCES = schema.SOURCE_PATHS
+# Sections that are there or not: an empty mapping says that they are.
+MAYBE = ("train.profile", "fit")
 # One of each pair decides: a later layer that gives one takes the other back.
 RIVALS = (
     ("optim.warmup_steps", "optim.warmup_ratio"),
@@ -98,7 +100,7 @@ def flatten(
         word = f"{prefix}{key}"
         inner = any(alias.startswith(f"{word}.") for alias in vocabulary.aliases)
         known = word in schema.fields() or (vocabulary.refusal(word) and not inner)
-        if isinstance(value, Mapping) and word == "train.profile":
+        if isinstance(value, Mapping) and word in MAYBE:
             yield word, {}
             yield from flatten(value, vocabulary, f"{word}.")
         elif isinstance(value, Mapping) and value and not known:
@@ -338,10 +340,10 @@ def put(tree: Tree, path: str, value: Any, *, remove: bool = False) -> None:
         here = here[part]
     if remove:
         here.pop(leaf, None)
-    elif path == "train.profile" and value == {} and isinstance(here.get(leaf), dict):
+    elif path in MAYBE and value == {} and isinstance(here.get(leaf), dict):
         return  # its fields are set one by one
     else:
-        here[leaf] = value
+        here[leaf] = _copy(value)  # a synonym's value is its table's own
 
 
 def _copy(value: Any) -> Any:

@@ -1,0 +1,96 @@
+"""Plans of many recipes of one model: what they may take, what is best, each planned once.
+
+A search asks for the same plan again and again, and for hundreds that differ in a setting or two.
+Inventories are remembered by what they follow from, plans by the recipe's sections. Nothing is
+decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nibble.spec.arch import Architecture
+from nibble.spec.choices import Setting
+from nibble.spec.config import Recipe
+from nibble.spec.hardware import Hardware
+from nibble.spec.holdings import Devices
+from nibble.spec.inventory import Inventory, inventory
+from nibble.spec.plan import Plan, plan
+from nibble.spec.units import show_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a plan may take: `device_bytes` of each card, `host_bytes` of each machine; None is no
+    limit.
+    """
+
+    device_bytes: int | None
+    host_bytes: int | None
+
+    def device_excess(self, made: Plan) -> int:
+        """Bytes by which a plan is too large for the device; 0 where it fits, or has none."""
+        if made.on_cpu or self.device_bytes is None:
+            return 0
+        return max(0, made.device_bytes - self.device_bytes)
+
+    def host_excess(self, made: Plan) -> int:
+        """Bytes by which a plan is too large for the host."""
+        return 0 if self.host_bytes is None else max(0, made.host_bytes - self.host_bytes)
+
+    def fits(self, made: Plan) -> bool:
+        """Whether it is within both."""
+        return self.device_excess(made) == 0 and self.host_excess(made) == 0
+
+    def words(self) -> str:
+        """The budget for a message."""
+        parts = []
+        if self.device_bytes is not None:
+            parts.append(f"{show_bytes(self.device_bytes)} of a card")
+        if self.host_bytes is not None:
+            parts.append(f"{show_bytes(self.host_bytes)} of the host")
+        return " and ".join(parts) or "no budget"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Plans recipes that differ in quant, adapter, optim, train and place, each once."""
+
+    architecture: Architecture
+    hardware: Hardware | None
+    on_cpu: bool
+    devices: Devices
+    _stocks: dict[object, Inventory] = field(default_factory=dict)
+    _plans: dict[object, Plan] = field(default_factory=dict)
+
+    def __call__(self, recipe: Recipe) -> Plan:
+        """The plan of a recipe. Raises ConfigError for words that this model cannot mean."""
+        whole = (recipe.quant, recipe.adapter, recipe.optim, recipe.train, recipe.place)
+        if whole in self._plans:
+            return self._plans[whole]
+        train = recipe.train
+        key = (*whole[:3], train.precision, train.adapter_precision)
+        if key not in self._stocks:
+            self._stocks[key] = inventory(recipe, self.architecture)
+        made = plan(
+            recipe,
+            architecture=self.architecture,
+            hardware=self.hardware,
+            on_cpu=self.on_cpu,
+            devices=self.devices,
+            stock=self._stocks[key],
+        )
+        self._plans[whole] = made
+        return made
+
+    @property
+    def setting(self) -> Setting:
+        """What choices depend on besides the recipe."""
+        return Setting(architecture=self.architecture, devices=self.devices, on_cpu=self.on_cpu)
+
+
+def rate(made: Plan) -> float:
+    """What is maximised: tokens a second, or tokens a FLOP where the card is not known."""
+    if made.speed is not None:
+        return made.speed.tokens_per_s
+    return made.tokens_per_step / max(1.0, made.flops_per_step)
