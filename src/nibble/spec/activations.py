@@ -21,9 +21,9 @@ heads, e bytes a number (2 in bf16). A block keeps
 
 nibble's fast paths (`nn/fused.py`) keep less: of an RMS norm its input as it is (e h T), of a gated
 MLP gate and up (2 e f T), of ALiBi's attention no scores. Feed-forward layers in tiles keep their
-input alone. What checkpointing makes of these lists is `checkpointing.py`. Each term is compared with what `saved_tensors_hooks`
-counts on real models in tests/spec/test_plan_activations.py. Not here: tensors alive only inside an
-operation (`backward_bytes` bounds those), allocator rounding.
+input alone. What checkpointing makes of these lists is `checkpointing.py`. Each term is compared
+with what `saved_tensors_hooks` counts on real models in tests/spec/test_plan_activations.py. Not
+here: tensors alive only inside an operation (`backward_bytes` bounds those), allocator rounding.
 """
 
 from __future__ import annotations
