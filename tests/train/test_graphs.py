@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from graph_models import Case, Seen, distance, make_batch, make_model, train
+import transformers
+from graph_models import VOCAB, Case, Seen, distance, make_batch, make_model, train
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nibble.data import Batch
+from nibble.data.shapes import of_few_shapes
 from nibble.errors import ConfigError
-from nibble.nn.attention import PACKED
+from nibble.models.family import describe
+from nibble.nn.attention import PACKED, attention_name
 from nibble.place.graphs import NotRecordedError, Observed, Recorded, recorder_of
 from nibble.place.single import one_device
 from nibble.spec.config import Place, Recipe
@@ -23,6 +27,7 @@ from nibble.spec.graphs import wish
 from nibble.spec.rules import check
 from nibble.train import graphs
 from nibble.train.graphs import MAX_GRAPHS, Passes, StaticGrads
+from nibble.use.objective import objective
 
 
 class FakeRecorder:
@@ -301,7 +306,9 @@ def test_on_a_cpu_nothing_is_recorded(tmp_path: Path) -> None:
     assert not any("graph" in note for note in seen.notes)
 
 
-def test_the_attention_becomes_the_one_that_takes_offsets(fake: FakeRecorder) -> None:
+def test_the_attention_becomes_the_one_that_takes_offsets(
+    fake: FakeRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(Case())
     notes: list[str] = []
     words = {"place": one_device(Place(device="cpu")), "parameters": [], "note": notes.append}
@@ -310,9 +317,61 @@ def test_the_attention_becomes_the_one_that_takes_offsets(fake: FakeRecorder) ->
     assert model.config._attn_implementation != PACKED
     assert graphs.passes_of(model, work, wish="auto", **words) is not None
     assert model.config._attn_implementation == PACKED
-    model.config.attn_logit_softcapping = 30.0
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
     assert graphs.passes_of(model, work, wish="auto", **words) is None
-    assert len(notes) == 1 and notes[0].startswith("no CUDA graphs: the masks of its attention")
+    assert len(notes) == 1 and notes[0].startswith("no CUDA graphs: masks of its attention")
+
+
+class Watch(TorchDispatchMode):
+    """Lists operations that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Bloom"])
+def test_passes_of_families_read_nothing_from_the_device(family: str, window: int | None) -> None:
+    words = {**SIZES, **({"head_dim": 16} if family == "Qwen3" else {})}
+    if window is not None and family not in ("Mistral", "Phi3"):
+        pytest.skip("no window")
+    if family in ("Mistral", "Phi3"):
+        words["sliding_window"] = window
+    if family == "Bloom":
+        words = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**words)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    name = attention_name(type(model), config)
+    loss = objective(describe(model), task="causal-lm", chunk=32)
+    batch = make_batch(Case(length=24), 0)
+    expected = loss(model, batch)
+    if name == PACKED:
+        model.set_attn_implementation(PACKED)
+    shaped = of_few_shapes(batch, offsets=name == PACKED)
+    assert (shaped.offsets is None) == (family == "Bloom")
+    loss(model, shaped).backward()
+    with Watch() as watch:
+        found = loss(model, shaped)
+        found.backward()
+    # A window is a loop over rows on a CPU, one kernel on a GPU.
+    assert watch.found == [] or (window and set(watch.found) == {"_local_scalar_dense"})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

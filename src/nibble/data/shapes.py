@@ -28,19 +28,19 @@ MIN_TARGETS_STEP = 64
 MIN_DOCUMENTS = 16
 
 
-def of_few_shapes(batch: Batch) -> Batch:
+def of_few_shapes(batch: Batch, *, offsets: bool = True) -> Batch:
     """The same targets in a batch whose sizes depend little on which documents it holds.
 
-    `num_targets` becomes a bound. `offsets`: where documents begin if the rows are laid end to end,
-    and the number of positions, several times at the end; a single 0 if every row is one document.
-    For language models; a classifier's batch is returned as it is.
+    `num_targets` becomes a bound. `offsets`: say where documents begin if the rows are laid end to
+    end, and the number of positions, several times at the end; a single 0 if every row is one
+    document. For language models; a classifier's batch is returned as it is.
     """
     if batch.labels.dim() == 1:
         return batch
     if batch.position_ids is None:
-        offsets = torch.zeros(1, dtype=torch.int32)
-        batch = replace(batch, attention_mask=None, offsets=offsets)
-    else:
+        only = torch.zeros(1, dtype=torch.int32) if offsets else None
+        batch = replace(batch, attention_mask=None, offsets=only)
+    elif offsets:
         batch = _packed(batch)
     num_positions = batch.input_ids.numel()
     step = max(MIN_TARGETS_STEP, num_positions // TARGET_STEPS)

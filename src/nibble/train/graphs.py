@@ -77,7 +77,7 @@ class Passes:
     """Runs the micro-batches of a run, recorded where that can be had.
 
     `parameters`: what is trained. `always`: record even where it does not pay. `note` is told what
-    is recorded, and what is not and why.
+    is recorded, and what is not and why. `offsets`: attention takes offsets of documents.
     """
 
     def __init__(
@@ -89,9 +89,11 @@ class Passes:
         recorder: Recorder,
         always: bool,
         note: Callable[[str], None],
+        offsets: bool = True,
     ) -> None:
         self._work, self._place, self._recorder = work, place, recorder
         self._parameters, self._always, self._note = list(parameters), always, note
+        self._offsets = offsets
         self._shapes: dict[tuple[object, ...], _Shape] = {}
         self._grads = StaticGrads()
         self._touched: dict[int, nn.Parameter] = {}
@@ -114,7 +116,7 @@ class Passes:
 
         num_targets: of the whole step. scale: of the loss, for backward. last: of the step.
         """
-        batch = of_few_shapes(batch)
+        batch = of_few_shapes(batch, offsets=self._offsets)
         shape = self._shapes.setdefault(signature(batch), _Shape())
         self._count.fill_(max(num_targets, 1))
         self._scale.fill_(scale)
@@ -305,18 +307,20 @@ def passes_of(
 ) -> Passes | None:
     """Recorded passes for a run, or None where they are not wanted or cannot be had.
 
-    The model's attention becomes the one that takes offsets of documents: masks that transformers
-    makes are looked at by the host.
+    The model's attention becomes the one that takes offsets of documents, since the host looks at
+    masks that transformers makes for it. Attention that is given whole masks (`eager`) stays: where
+    its family asks the host, the warm-up will tell.
     """
     if wish == "off":
         return None
     recorder = recorder_of(place, model)
+    attention = "eager"
     if not isinstance(recorder, str):
-        config = getattr(model, "config", None)
-        if attention_name(type(model), config) == PACKED:
+        attention = attention_name(type(model), getattr(model, "config", None))
+        if attention == PACKED:
             model.set_attn_implementation(PACKED)  # type: ignore[operator]
-        else:
-            recorder = "the masks of its attention are made by transformers, by way of the host"
+        elif attention != "eager":
+            recorder = "masks of its attention are made by transformers, by way of the host"
     if isinstance(recorder, str):
         if recorder:
             note(f"no CUDA graphs: {recorder}")
@@ -328,6 +332,7 @@ def passes_of(
         recorder=recorder,
         always=wish == "on",
         note=note,
+        offsets=attention == PACKED,
     )
 
 
