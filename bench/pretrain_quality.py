@@ -1,91 +1,411 @@
 """How well each optimiser pretrains: perplexity on held-out tokens, memory, speed; one row each.
 
     python bench/pretrain_quality.py prepare --books FOLDER --tokenizer FOLDER --out tokens.bin
-    python bench/pretrain_quality.py table --data tokens.bin --tokens 300e6 --jobs 3
-    python bench/pretrain_quality.py row galore-svd --data tokens.bin --rate 1e-2 --tokens 20e6
+    python bench/pretrain_quality.py speed --data tokens.bin --batches 64,128,256
+    python bench/pretrain_quality.py table --data tokens.bin --results runs.jsonl --cards 2 \\
+        --limit-s 480
+    python bench/pretrain_quality.py show --results runs.jsonl
 
 `prepare` tokenises books on a CPU and packs as many tokens as fit into --max-mib (uint16, LZMA; the
-held-out ones first). `table` is the protocol, the same for every row: a search over learning rates,
-sqrt(10) apart, up and down from the row's guess while it gets better, with --tune-tokens each;
-then one run with the best rate and --tokens. --jobs rows share the device at a time (tokens/s and
-peaks are then those of a shared device; measure speed with --jobs 1). Each run prints a JSON line.
+held-out ones first). `speed` measures one row at several batch sizes, with and without CUDA graphs.
 
-Weights are float32 and computed with in bf16 (autocast), so that rounding of weights is no part of
-the comparison; rates warm up over a tenth and end at a tenth (cosine); seeds fix weights, order and
-noise. A step is --batch rows of --length tokens.
+`table` is the protocol, the same for every row: learning rates sqrt(10) apart around the row's
+guess with --tune-tokens each, and one beyond the best while the best is at an edge, up to
+--max-tries; then one run with --tokens at the rate where a parabola through the best three has its
+least loss (at most half a step from the best); at the end more seeds of --seeded rows. Rates warm
+up over a tenth and end at a tenth (cosine); seeds fix weights, order and noise.
+
+One process a card runs one job after another. Each finished run is a line of --results at once, and
+what is there already is never run again: a later call goes on, with more rows, seeds or tokens. No
+run starts that would, by the speed so far, end after --limit-s. `show` prints the table. --tiny
+runs every row on random tokens in a small shape, on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import lzma
 import math
+import os
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from nibble.nn.adapters import adapt_
-from nibble.nn.factorised import factorise_, factorised
-from nibble.nn.loss import causal_lm_loss
-from nibble.optim import Schedule, build, clip_grad_norm_
-from nibble.spec.builtin_models import SHAPES, config_of
-from nibble.spec.config import Adapter, Optim
-from nibble.train.restarts import restart_every_
-
-GAP = 200
-BESIDE = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
-LORA = {"kind": "lora", "targets": ["all-linear"], "modules_to_save": list(BESIDE)}
-# name -> (first guess of the rate, optim, adapter); ranks are added where a row has one
-ROWS: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
-    "adamw": (1e-3, {}, {}),
-    "adamw8bit": (1e-3, {"name": "adamw8bit"}, {}),
-    "adafactor": (1e-3, {"name": "adafactor-momentum"}, {}),
-    "galore_torch": (1e-2, {}, {}),
-    "galore-svd": (1e-2, {"method": "galore"}, {}),
-    "galore-randomised": (1e-2, {"method": "galore", "basis": "randomised"}, {}),
-    "galore8bit-layerwise": (1e-2, {"method": "galore8bit", "layerwise": True}, {}),
-    "q-galore": (1e-2, {"method": "q-galore"}, {}),
-    "fira": (1e-2, {"method": "fira"}, {}),
-    "apollo": (1e-2, {"method": "apollo"}, {}),
-    "apollo-mini": (1e-2, {"method": "apollo-mini", "rank": 1}, {}),
-    "lora": (3e-3, {}, LORA),
-    "relora": (3e-3, {"restart_every": 1000, "restart_warmup_steps": 50}, LORA),
-    "low-rank": (3e-3, {}, {"kind": "factorised"}),
-}
+MARK = "@@"
+GUESS_TOKENS_PER_S, GUESS_SETUP_S, MARGIN_S = 600e3, 6.0, 6.0
+SHARED = ("shape", "rank", "batch", "length", "tune_tokens", "data")
+FIRST_PLACES = (0, -1, 1)
+PIECE = 20_000
+EXTRA = ("q-galore", "adafactor", "low-rank")
+"""Rows that wait until the others have their seeds."""
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+class Job(NamedTuple):
+    """One run of the table. `place`: half decades from the row's guess, None for a long run."""
+
+    row: str
+    place: int | None
+    rate: float
+    seed: int
+    tokens: int
+
+
+# ---------------------------------------------------------------- what there is to do
+
+
+class Table:
+    """Which runs are wanted, from those that are done; a pure function of the results."""
+
+    def __init__(self, options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+        self.options, self.results = options, results
+        self.running: set[Job] = set()
+        self.failed_now: set[Job] = set()
+
+    def ready(self) -> Iterator[Job]:
+        """Runs that could start now, the most wanted first."""
+        for job in self._all():
+            if job not in self.running and job not in self.failed_now and self.line(job) is None:
+                yield job
+
+    def _all(self) -> Iterator[Job]:
+        rows = self.options.rows
+        for row in rows:
+            if row not in EXTRA:
+                yield from self._searches(row)
+                yield from self._long(row, seed=0)
+        for seed in range(1, self.options.seeds):
+            for row in rows:
+                if row in self.options.seeded:
+                    yield from self._long(row, seed=seed)
+        for row in rows:
+            if row in EXTRA:
+                yield from self._searches(row)
+                yield from self._long(row, seed=0)
+
+    def _searches(self, row: str) -> Iterator[Job]:
+        from pretrain_rows import ROWS
+
+        for place in self._places(row):
+            rate = ROWS[row][0] * 10 ** (place / 2)
+            yield Job(row, place, _round(rate), 0, int(self.options.tune_tokens))
+
+    def _places(self, row: str) -> list[int]:
+        """Places to try, as far as is known by now."""
+        places = list(FIRST_PLACES)
+        while len(places) < self.options.max_tries:
+            found = self._tried(row)
+            if any(place not in found for place in places):
+                break
+            best = min(places, key=lambda place: found[place])
+            if not math.isfinite(found[best]) or best not in (min(places), max(places)):
+                break
+            places.append(best + (1 if best == max(places) else -1))
+        return places
+
+    def _tried(self, row: str) -> dict[int, float]:
+        """Place -> log perplexity of the row's searches; inf for what diverged or failed."""
+        found: dict[int, float] = {}
+        for line in self.results:
+            if line["row"] == row and line["place"] is not None and self._is_ours(line):
+                perplexity = line.get("perplexity")
+                found[line["place"]] = math.log(perplexity) if perplexity else math.inf
+        for job in self.failed_now:
+            if job.row == row and job.place is not None:
+                found.setdefault(job.place, math.inf)
+        return found
+
+    def _long(self, row: str, *, seed: int) -> Iterator[Job]:
+        rate = self.best_rate(row)
+        if rate is not None:
+            yield Job(row, None, rate, seed, int(self.options.tokens))
+
+    def best_rate(self, row: str) -> float | None:
+        """The rate of the long run; None before the search has ended, or where nothing worked."""
+        from pretrain_rows import ROWS
+
+        found, places = self._tried(row), self._places(row)
+        if any(place not in found for place in places):
+            return None
+        best = min(places, key=lambda place: found[place])
+        if not math.isfinite(found[best]):
+            return None
+        at = float(best)
+        low, high = found.get(best - 1, math.inf), found.get(best + 1, math.inf)
+        if math.isfinite(low) and math.isfinite(high):
+            bend = low - 2 * found[best] + high
+            at += max(-0.5, min(0.5, (low - high) / (2 * bend))) if bend > 0 else 0.0
+        return _round(ROWS[row][0] * 10 ** (at / 2))
+
+    def line(self, job: Job) -> dict[str, Any] | None:
+        """What a finished run measured."""
+        for line in self.results:
+            same = all(line[key] == getattr(job, key) for key in ("row", "place", "seed"))
+            if same and line["asked_tokens"] == job.tokens and self._is_ours(line):
+                return line
+        return None
+
+    def _is_ours(self, line: dict[str, Any]) -> bool:
+        if line.get("failed"):
+            return False
+        own = shared(self.options)
+        skipped = () if line["place"] is not None else ("tune_tokens",)
+        return all(line[key] == own[key] for key in SHARED if key not in skipped)
+
+    def seconds(self, job: Job) -> float:
+        """What a run would take, from the row's runs, else from all, else guessed."""
+        known = [line for line in self.results if not line.get("failed") and "seconds" in line]
+        own = [line for line in known if line["row"] == job.row] or known
+        if not own:
+            return GUESS_SETUP_S + job.tokens / GUESS_TOKENS_PER_S
+        each = max((line["wall_s"] - line["setup_s"]) / line["tokens"] for line in own[-2:])
+        return max(line["setup_s"] for line in own[-2:]) + each * job.tokens
+
+    def left_s(self) -> float:
+        """Card seconds of all runs that are wanted, those not known yet guessed."""
+        known = list(self.ready())
+        total = sum(self.seconds(job) for job in known)
+        for row in self.options.rows:
+            if self.best_rate(row) is None:
+                job = Job(row, None, 0.0, 0, int(self.options.tokens))
+                total += self.seconds(job)
+                if row in self.options.seeded:
+                    total += self.seconds(job) * (self.options.seeds - 1)
+        return total
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def shared(options: argparse.Namespace) -> dict[str, Any]:
+    """What all lines of one table have in common."""
+    return {
+        "shape": options.shape,
+        "rank": options.rank,
+        "batch": options.batch,
+        "length": options.length,
+        "tune_tokens": int(options.tune_tokens),
+        "data": options.data_name,
+    }
+
+
+# ---------------------------------------------------------------- running it
+
+
+class Card:
+    """A process that runs jobs on one card, started again if it dies."""
+
+    def __init__(self, options: argparse.Namespace, number: int) -> None:
+        self.options, self.number = options, number
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, job: Job) -> dict[str, Any]:
+        """Run a job to its end; its line, with `failed` where it failed."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = self._started()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(job._asdict()) + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                found: dict[str, Any] = json.loads(line[len(MARK) :])
+                return found
+            print(line, end="", file=sys.stderr)
+        return {"failed": f"the process ended with {self.process.wait()}"}
+
+    def end(self) -> None:
+        """End the process."""
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            self.process.wait()
+
+    def _started(self) -> subprocess.Popen[str]:
+        words = {key: value for key, value in vars(self.options).items() if key != "handler"}
+        return subprocess.Popen(
+            [sys.executable, __file__, "worker", json.dumps(words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": self._device()},
+        )
+
+    def _device(self) -> str:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = seen.split(",") if seen else [str(n) for n in range(self.options.cards)]
+        return cards[self.number % len(cards)]
+
+
+def table(options: argparse.Namespace) -> None:
+    """Run what is missing, on all cards, until all is done or the time is up."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        options.tokens_file, options.data_name = _unpacked(options, Path(folder))
+        path = Path(options.results)
+        wanted = Table(options, _read(path))
+        lock, changed = threading.Lock(), threading.Condition()
+
+        def left_s() -> float:
+            return options.limit_s - (time.monotonic() - began)
+
+        def next_job() -> Job | None:
+            """A run that ends in time; waits while another card may make one possible."""
+            while True:
+                with lock:
+                    fits = [j for j in wanted.ready() if wanted.seconds(j) + MARGIN_S < left_s()]
+                    if fits:
+                        wanted.running.add(fits[0])
+                        return fits[0]
+                    if not wanted.running:
+                        return None
+                with changed:
+                    changed.wait(0.5)
+
+        def work(number: int) -> None:
+            card = Card(options, number)
+            while (job := next_job()) is not None:
+                found = card.ask(job)
+                line = {
+                    **job._asdict(),
+                    **shared(options),
+                    "card": number,
+                    "asked_tokens": job.tokens,
+                    **found,
+                }
+                with lock:
+                    wanted.running.discard(job)
+                    wanted.results.append(line)
+                    if line.get("failed"):
+                        wanted.failed_now.add(job)
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                    told = _told(line)
+                    needs = wanted.left_s() / options.cards
+                print(f"{told}  [{left_s():.0f} s left, needs {needs:.0f}]", flush=True)
+                with changed:
+                    changed.notify_all()
+            card.end()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(options.cards)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(f"left to do: {wanted.left_s():.0f} card seconds", flush=True)
+    show(options)
+
+
+def _told(line: dict[str, Any]) -> str:
+    """A finished run in a few words."""
+    kind = "long" if line["place"] is None else "search"
+    words = f"{line['row']:22} {kind:6} rate {line['rate']:<8g} seed {line['seed']}"
+    if line.get("failed"):
+        return f"{words} FAILED {line['failed']}"
+    return (
+        f"{words} perplexity {line['perplexity'] or math.nan:8.2f} {line['tokens_per_s']:9,d} tok/s"
+        f" {line['wall_s']:6.1f} s{'' if line['graphs'] else ' eager'}"
+    )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def worker(words: dict[str, Any]) -> None:
+    """Run jobs, a JSON line each from standard input, and answer each with a line."""
+    from pretrain_rows import Data, Run, Setting, release, train_once
+
+    flat = np.load(words["tokens_file"], mmap_mode="r")
+    header = flat[:4].astype(np.int64)
+    num_held, vocabulary = int(header[0]) * 2**15 + int(header[1]), int(header[2])
+    names = {field.name for field in dataclasses.fields(Setting)}
+    setting = Setting(**{key: value for key, value in words.items() if key in names})
+    data = Data.of(flat[4:], num_held=num_held, length=setting.length, vocabulary=vocabulary)
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        run = Run(row=job.row, rate=job.rate, seed=job.seed, tokens=job.tokens)
+        found: dict[str, Any]
+        try:
+            found = {"tokens": job.tokens, **train_once(run, setting, data)}
+        except Exception as error:  # the table goes on without this run
+            found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        release()
+        print(MARK + json.dumps(found), flush=True)
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Tokens/s of one row at several batch sizes, with and without graphs."""
+    from pretrain_rows import Data, Run, Setting, release, train_once
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, _ = _unpacked(options, Path(folder))
+        flat = np.load(file)
+    header = flat[:4].astype(np.int64)
+    num_held, vocabulary = int(header[0]) * 2**15 + int(header[1]), int(header[2])
+    data = Data.of(flat[4:], num_held=num_held, length=options.length, vocabulary=vocabulary)
+    for row in options.rows:
+        for batch in map(int, options.batches.split(",")):
+            for graphs in (True, False):
+                setting = Setting(
+                    shape=options.shape,
+                    rank=options.rank,
+                    batch=batch,
+                    length=options.length,
+                    graphs=graphs,
+                    eval_rows=batch,
+                )
+                steps = options.steps
+                run = Run(row=row, rate=1e-3, seed=0, tokens=steps * batch * options.length)
+                told = {"row": row, "batch": batch, **train_once(run, setting, data)}
+                print(json.dumps(told), flush=True)
+                release()
+
+
+# ---------------------------------------------------------------- data and the table as text
+
+
+def prepare(options: argparse.Namespace) -> None:
     """Tokenise, validation first, and write as much of training as fits."""
     from tokenizers import Tokenizer
 
-    folder = Path(arguments.tokenizer)
-    file = folder if folder.is_file() else folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    books = Path(arguments.books)
-    held = _tokens(tokenizer, [books / "classics_val.txt.xz"], limit=arguments.eval_tokens)
-    limit = arguments.max_mib * 2**20
-    packed, train = b"", np.empty(0, dtype=np.uint16)
+    folder = Path(options.tokenizer)
+    tokenizer = Tokenizer.from_file(str(folder if folder.is_file() else folder / "tokenizer.json"))
+    books = Path(options.books)
+    held = _tokens(tokenizer, [books / "classics_val.txt.xz"], limit=options.eval_tokens)
     parts = sorted(books.glob("classics_train_*.txt.xz"))
-    whole = _tokens(tokenizer, parts, limit=arguments.max_tokens)
-    size = len(whole)
-    while True:  # LZMA's share varies little: two or three tries
-        train = whole[:size]
-        packed = lzma.compress(np.concatenate([held, train]).tobytes(), preset=4)
+    train = _tokens(tokenizer, parts, limit=int(options.max_mib * 2**20))
+    pack(options, held, train, vocabulary=tokenizer.get_vocab_size())
+
+
+def pack(
+    options: argparse.Namespace, held: np.ndarray, train: np.ndarray, *, vocabulary: int
+) -> None:
+    """Write the file: a JSON line, then LZMA of uint16 ids; about one byte a token."""
+    limit = options.max_mib * 2**20
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 3, "lp": 1, "pb": 1}]
+    size = min(len(train), int(limit))
+    while True:  # its share varies little: two or three tries
+        flat = np.concatenate([held, train[:size]])
+        packed = lzma.compress(flat.tobytes(), format=lzma.FORMAT_XZ, filters=filters)
         if len(packed) <= limit:
             break
-        size = int(size * limit / len(packed) * 0.99)
-    header = {"num_eval": len(held), "num_train": len(train),
-              "vocabulary": tokenizer.get_vocab_size()}  # fmt: skip
-    Path(arguments.out).write_bytes(json.dumps(header).encode() + b"\n" + packed)
+        size = int(size * limit / len(packed) * 0.995)
+    header = {"num_eval": len(held), "num_train": size, "vocabulary": vocabulary}
+    Path(options.out).write_bytes(json.dumps(header).encode() + b"\n" + packed)
     print(json.dumps({**header, "mib": round(len(packed) / 2**20, 1)}), flush=True)
 
 
@@ -97,7 +417,7 @@ def _tokens(tokenizer: Any, files: list[Path], *, limit: int) -> np.ndarray:
         with lzma.open(file, "rt", encoding="utf-8") as stream:
             documents = stream.read().split("<|endofdoc|>\n")
         for document in documents:
-            pieces = [document[i : i + 100_000] for i in range(0, len(document), 100_000)]
+            pieces = [document[i : i + PIECE] for i in range(0, len(document), PIECE)]
             for made in tokenizer.encode_batch(pieces, add_special_tokens=False):
                 found.append(np.asarray(made.ids, dtype=np.uint16))
                 count += len(made.ids)
@@ -107,251 +427,104 @@ def _tokens(tokenizer: Any, files: list[Path], *, limit: int) -> np.ndarray:
     return np.concatenate(found)[:limit]
 
 
-def load(path: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Held-out tokens, training tokens, size of the vocabulary."""
-    header, _, packed = Path(path).read_bytes().partition(b"\n")
-    told = json.loads(header)
-    flat = np.frombuffer(lzma.decompress(packed), dtype=np.uint16)
-    return flat[: told["num_eval"]], flat[told["num_eval"] :], told["vocabulary"]
-
-
-def batches(tokens: np.ndarray, *, rows: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Rows [rows, length] without end, in a new order in each pass over the data."""
-    table = tokens[: len(tokens) // length * length].reshape(-1, length)
-    epoch = 0
-    while True:
-        order = np.random.default_rng([seed, epoch]).permutation(len(table))
-        for begin in range(0, len(order) - rows + 1, rows):
-            chosen = table[order[begin : begin + rows]].astype(np.int64)
-            yield torch.from_numpy(chosen)
-        epoch += 1
-
-
-def make_model(shape: str, vocabulary: int, *, seed: int, device: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    words = {k: v for k, v in config_of(f"builtin:{shape}").items() if k != "architectures"}
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**words, "vocab_size": vocabulary})
-    model: nn.Module = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-    return model.to(device)
-
-
-def galore_torch_optimizer(model: nn.Module, rate: float, rank: int) -> torch.optim.Optimizer:
-    """The peer's own optimiser, on the matrices that ours projects."""
-    from galore_torch import GaLoreAdamW
-
-    chosen = [p for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2]
-    ids = {id(p) for p in chosen}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    low = {"params": chosen, "rank": rank, "update_proj_gap": GAP, "scale": 0.25,
-           "proj_type": "std"}  # fmt: skip
-    made: torch.optim.Optimizer = GaLoreAdamW(
-        [{"params": rest}, low], lr=rate, no_deprecation_warning=True
-    )
-    return made
-
-
-def row(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train one row once and measure it."""
-    guess, optim_words, adapter_words = ROWS[arguments.row]
-    rate = arguments.rate or guess
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    held, tokens, vocabulary = load(arguments.data)
-    model = make_model(arguments.shape, vocabulary, seed=arguments.seed, device=device)
-    steps = math.ceil(arguments.tokens / (arguments.batch * arguments.length))
-    generator = torch.Generator().manual_seed(arguments.seed)
-    rank = arguments.rank
-    if adapter_words.get("kind") == "factorised":
-        factorise_(model, ["all-linear"], rank=rank)
-        for name, linear in factorised(model).items():
-            linear.reset_parameters_(name, generator=generator)
-    elif adapter_words:
-        adapter = Adapter.model_validate({**adapter_words, "rank": rank, "alpha": 2.0 * rank})
-        adapt_(model, adapter, dtype=torch.float32, generator=generator)
-    low = {"refresh_every": GAP} if "method" in optim_words else {}
-    if low and "rank" not in optim_words:
-        low["rank"] = rank
-    warmup = {"warmup_ratio": 0.1, "floor_ratio": 0.1}
-    optim = Optim.model_validate({"learning_rate": rate, **optim_words, **low, **warmup})
-    schedule: Schedule
-    if arguments.row == "galore_torch":
-        optimizer = galore_torch_optimizer(model, rate, rank)
-        schedule = Schedule(optimizer, name="cosine", total_steps=steps, floor_ratio=0.1,
-                            warmup_steps=math.ceil(0.1 * steps))  # fmt: skip
+def _unpacked(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
+    """A file that numpy maps (4 numbers, held-out, training tokens), and what names the data."""
+    if options.data is None:
+        assert options.tiny, "--data is needed"
+        told = {"num_eval": 512, "num_train": 8192, "vocabulary": 512}
+        flat = np.random.default_rng(0).geometric(0.1, 8704).clip(max=511).astype(np.uint16)
     else:
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer, schedule = build(trained, optim, total_steps=steps, seed=arguments.seed)
-    if optim.restart_every is not None:
-        every = min(optim.restart_every, max(1, steps // 5))
-        restart_every_(every, model=model, optimizer=optimizer, schedule=schedule,
-                       seed=arguments.seed)  # fmt: skip
-        schedule.restart_every = every
-    found = _train(model, optimizer, schedule, tokens, held, arguments, steps=steps, device=device)
-    state = [v for s in optimizer.state.values() for v in _flat(s)]
-    projectors = sum(t.nbytes for t in state)
-    return {"row": arguments.row, "shape": arguments.shape, "rate": rate, "seed": arguments.seed,
-            "tokens": steps * arguments.batch * arguments.length, "steps": steps,
-            "rank": 1 if arguments.row == "apollo-mini" else rank if low or adapter_words
-            or arguments.row == "galore_torch" else None,
-            "num_parameters": sum(p.numel() for p in model.parameters()),
-            "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "optimizer_mib": round(projectors / 2**20, 1), **found}  # fmt: skip
+        text, _, packed = Path(options.data).read_bytes().partition(b"\n")
+        told = json.loads(text)
+        flat = np.frombuffer(lzma.decompress(packed), dtype=np.uint16)
+    high, low = divmod(told["num_eval"], 2**15)
+    header = np.asarray([high, low, told["vocabulary"], 0], dtype=np.uint16)
+    file = folder / "tokens.npy"
+    np.save(file, np.concatenate([header, flat]))
+    return str(file), f"{told['num_eval']}+{told['num_train']}"
 
 
-def _flat(value: Any) -> list[Tensor]:
-    """Tensors of a state, also those that the peer keeps in an object."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _flat(v)]
-    if isinstance(value, list | tuple):
-        return [t for v in value for t in _flat(v)]
-    inside = getattr(value, "ortho_matrix", None)
-    return [] if inside is None else _flat(inside)
-
-
-def _train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    tokens: np.ndarray,
-    held: np.ndarray,
-    arguments: argparse.Namespace,
-    *,
-    steps: int,
-    device: str,
-) -> dict[str, Any]:
-    source = batches(tokens, rows=arguments.batch, length=arguments.length, seed=arguments.seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    model.train()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    for number in range(steps):
-        _loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
-        clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if arguments.verbose and number % 100 == 0:
-            held_now = evaluate(model, held[: 2**16], arguments, device)
-            told = {"row": arguments.row, "step": number, "perplexity": round(held_now, 2)}
-            print(json.dumps(told), file=sys.stderr, flush=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else None
-    return {
-        "perplexity": round(evaluate(model, held, arguments, device), 3),
-        "tokens_per_s": round(steps * arguments.batch * arguments.length / seconds),
-        "peak_gib": None if peak is None else round(peak, 2),
-        "seconds": round(seconds, 1),
-    }
-
-
-def _loss(model: nn.Module, ids: Tensor, device: str) -> Tensor:
-    """Mean loss of a batch of rows."""
-    ids = ids.to(device, non_blocking=True)
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]
-    num_targets = labels[:, :-1].numel()
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        hidden = model.model(input_ids=ids, use_cache=False)[0]  # type: ignore[operator]
-        head: Any = model.lm_head
-        total = causal_lm_loss(hidden, labels, head, chunk=8192, num_targets=num_targets)[0]
-    return total / num_targets
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, held: np.ndarray, arguments: argparse.Namespace, device: str
-) -> float:
-    """Perplexity of the held-out tokens."""
-    model.eval()
-    length = arguments.length
-    table = held[: len(held) // length * length].reshape(-1, length)
-    total, count = 0.0, 0
-    for begin in range(0, len(table), arguments.batch):
-        part = torch.from_numpy(table[begin : begin + arguments.batch].astype(np.int64))
-        total += float(_loss(model, part, device)) * len(part)
-        count += len(part)
-    model.train()
-    return math.exp(min(total / max(count, 1), 50.0))
-
-
-def run_row(arguments: argparse.Namespace, name: str, *, rate: float, tokens: float) -> float:
-    """One row in a process of its own; prints its line and returns its perplexity."""
-    words = [sys.executable, __file__, "row", name, "--data", arguments.data,
-             "--rate", repr(rate), "--tokens", repr(tokens), "--shape", arguments.shape,
-             "--rank", str(arguments.rank), "--batch", str(arguments.batch),
-             "--length", str(arguments.length), "--seed", str(arguments.seed)]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        print(json.dumps({"row": name, "rate": rate, "failed": reason[-300:]}), flush=True)
-        return math.inf
-    print(lines[-1], flush=True)
-    found: float = json.loads(lines[-1])["perplexity"]
-    return found if math.isfinite(found) else math.inf
-
-
-def tuned(arguments: argparse.Namespace, name: str) -> None:
-    """Search for the rate, then the long run."""
-    tried: dict[int, float] = {}
-
-    def ask(place: int) -> float:
-        if place not in tried:
-            rate = ROWS[name][0] * 10 ** (place / 2)
-            tried[place] = run_row(arguments, name, rate=rate, tokens=arguments.tune_tokens)
-        return tried[place]
-
-    best = 0
-    for direction in (1, -1):
-        ask(best)
-        while len(tried) < arguments.max_tries and ask(best + direction) < tried[best]:
-            best += direction
-    rate = ROWS[name][0] * 10 ** (best / 2)
-    run_row(arguments, name, rate=rate, tokens=arguments.tokens)
+def show(options: argparse.Namespace) -> None:
+    """Print the table of the long runs: one line a row and number of tokens, over its seeds."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in _read(Path(options.results)):
+        if line["place"] is None and not line.get("failed"):
+            groups.setdefault((line["row"], line["asked_tokens"]), []).append(line)
+    print("| row | tokens | rate | rank | perplexity | optimiser MiB | peak GiB | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (row, tokens), lines in groups.items():
+        found = [line["perplexity"] for line in lines if line["perplexity"]]
+        text = "diverged"
+        if found:
+            text = f"{statistics.mean(found):.2f}"
+            if len(found) > 1:
+                text += f" ({', '.join(f'{value:.2f}' for value in found)})"
+        one = lines[-1]
+        print(
+            f"| {row} | {tokens / 1e6:.0f} M | {one['rate']:g} | {one['row_rank'] or '-'} | "
+            f"{text} | {one['optimizer_mib']:.0f} | {one['reserved_gib'] or '-'} | "
+            f"{statistics.median(line['tokens_per_s'] for line in lines):,.0f} |"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    if sys.argv[1:2] == ["worker"]:
+        worker(json.loads(sys.argv[2]))
+        return
+    from pretrain_rows import ROWS
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("prepare")
     make.add_argument("--books", required=True)
     make.add_argument("--tokenizer", required=True)
     make.add_argument("--out", required=True)
-    make.add_argument("--max-mib", type=float, default=58)
-    make.add_argument("--max-tokens", type=int, default=60_000_000)
+    make.add_argument("--max-mib", type=float, default=36)
     make.add_argument("--eval-tokens", type=int, default=500_000)
-    for name in ("row", "table"):
+    make.set_defaults(handler=prepare)
+    look = commands.add_parser("show")
+    look.add_argument("--results", required=True)
+    look.set_defaults(handler=show)
+    for name, handler in (("table", table), ("speed", speed)):
         part = commands.add_parser(name)
-        part.add_argument("--data", required=True)
-        part.add_argument("--shape", choices=list(SHAPES), default="llama-60m")
-        part.add_argument("--tokens", type=float, default=300e6)
+        part.set_defaults(handler=handler)
+        part.add_argument("--data", help="what prepare wrote")
+        part.add_argument("--tiny", action="store_true", help="a small shape, on random tokens")
+        part.add_argument("--shape", default="llama-60m")
         part.add_argument("--rank", type=int, default=128)
         part.add_argument("--batch", type=int, default=128)
         part.add_argument("--length", type=int, default=256)
-        part.add_argument("--seed", type=int, default=0)
-        part.add_argument("--verbose", action="store_true")
-        if name == "row":
-            part.add_argument("row", choices=list(ROWS))
-            part.add_argument("--rate", type=float)
-        else:
-            part.add_argument("--rows", default=",".join(ROWS))
-            part.add_argument("--tune-tokens", type=float, default=20e6)
-            part.add_argument("--max-tries", type=int, default=5)
-            part.add_argument("--jobs", type=int, default=1)
-    arguments = parser.parse_args()
-    if arguments.command == "prepare":
-        prepare(arguments)
-    elif arguments.command == "row":
-        print(json.dumps(row(arguments)), flush=True)
-    else:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda name: tuned(arguments, name), arguments.rows.split(",")))
+        part.add_argument("--rows", help=f"names with commas (default: all of {', '.join(ROWS)})")
+        if name == "speed":
+            part.add_argument("--batches", default="64,128,256")
+            part.add_argument("--steps", type=int, default=40)
+            continue
+        part.add_argument("--results", required=True, help="JSON lines, read and appended to")
+        part.add_argument("--cards", type=int, default=1)
+        part.add_argument("--limit-s", type=float, default=math.inf)
+        part.add_argument("--tokens", type=float, default=30e6, help="of a long run")
+        part.add_argument("--tune-tokens", type=float, default=4e6, help="of a rate that is tried")
+        part.add_argument("--max-tries", type=int, default=5)
+        part.add_argument("--seeds", type=int, default=3)
+        part.add_argument("--seeded", default="galore-svd,galore-randomised,adamw")
+        part.add_argument("--eval-rows", type=int, default=0, help="held-out rows (0: all)")
+        part.add_argument("--no-graphs", dest="graphs", action="store_false")
+    options = parser.parse_args()
+    if options.command in ("table", "speed"):
+        if options.tiny:
+            words = {"shape": "tiny", "rank": 8, "batch": 4, "length": 32, "data": None}
+            vars(options).update(words)
+            vars(options).update({"tokens": 1024, "tune_tokens": 384, "batches": "2,4", "steps": 4})
+        names = options.rows.split(",") if options.rows else list(ROWS)
+        if options.command == "speed" and not options.rows:
+            names = ["adamw"]
+        unknown = set(names) - set(ROWS)
+        if unknown:
+            parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
+        options.rows = names
+        if options.command == "table":
+            options.seeded = options.seeded.split(",")
+    options.handler(options)
 
 
 if __name__ == "__main__":
