@@ -134,7 +134,7 @@ def _about_card(device: torch.device) -> dict[str, Any]:
     x = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     made = []
     for bias in (None, x[0].detach()):
-        torch.nn.functional.linear(x, x, bias).sum().backward()
+        torch.autograd.backward(torch.nn.functional.linear(x, x, bias).sum())
         made.append(torch.cuda.memory_allocated(device) - before)
     del x, bias
     torch.cuda.synchronize(device)
@@ -147,7 +147,10 @@ def _about_card(device: torch.device) -> dict[str, Any]:
         "context_later_bytes": total - free - torch.cuda.memory_reserved(device),
         "workspace_bytes": after - before,
         "workspaces_bytes": made,
-        "is_expandable": any(s.get("is_expandable") for s in torch.cuda.memory_snapshot()),
+        "is_expandable": any(
+            segment.get("is_expandable")
+            for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        ),
         "host_later_bytes": _resident_bytes(),
     }
 

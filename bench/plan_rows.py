@@ -109,7 +109,7 @@ METHODS: dict[str, Words] = {
     "q-galore": {"optim": {**GALORE, "method": "q-galore"}},
     "fira": {"optim": {**GALORE, "method": "fira"}},
     "apollo": {"optim": {"method": "apollo", "rank": 128}},
-    "apollo-mini": {"optim": {"method": "apollo-mini", "layerwise": True, "max_grad_norm": None}},
+    "apollo-mini": {"optim": {"method": "apollo-mini"}},
     "lora": _lora(),
     "lora-r64": _lora(rank=64),
     "lora-qv": _lora(targets=["q_proj", "v_proj"]),
@@ -219,7 +219,7 @@ def parse(line: str) -> Row:
     """A row from its line."""
     model, method, batch, policy, *more = line.split()
     name, _, layers = model.partition("/")
-    rows, length, passes = [*map(int, batch.split("x")), 1][:3]
+    rows, length, passes = [int(word) for word in batch.split("x")] + [1] * (2 - batch.count("x"))
     words = MODELS[name]
     whole = words[LAYER_KEYS.get(words["model_type"], "num_hidden_layers")]
     return Row(
@@ -344,6 +344,8 @@ def _methods() -> Iterator[str]:
             continue
         for words in islice(models, 2):
             model, batch, policy = words.split()
+            if method == "lora-head" and MODELS[model.split("/")[0]]["tie_word_embeddings"]:
+                continue  # a tied head is no module of its own
             yield f"{model} {method} {batch} {policy}"
 
 
@@ -352,7 +354,7 @@ def all_rows() -> list[Row]:
     lists = [[line for line in text.splitlines() if line] for text in (KNOWN, LENGTHS, POLICY_ROWS)]
     known, *others = [*lists, list(_families()), list(_methods())]
     mixed = (line for lines in zip_longest(*others) for line in lines if line is not None)
-    return [parse(line) for line in dict.fromkeys(chain(known, mixed))]
+    return [parse(str(line)) for line in dict.fromkeys(chain(known, mixed))]
 
 
 def shrunk(row: Row) -> Row:
