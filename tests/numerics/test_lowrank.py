@@ -279,3 +279,40 @@ def test_methods_are_legal(name: str) -> None:
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LowRank(**{"rank": 4, **options}).check()
+
+
+@pytest.mark.parametrize(("decay", "kept"), [(0.0, 0.97), (0.5, 0.97), (1.0, 0.995), (2.0, 0.999)])
+def test_a_coarse_basis_keeps_what_an_exact_one_does(decay: float, kept: float) -> None:
+    generator = seeded(3)
+    left = torch.linalg.qr(torch.randn(160, 160, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(300, 160, generator=generator))[0]
+    sizes = torch.arange(1, 161).float() ** -decay
+    matrix = ((left * sizes) @ right.mT).to(torch.bfloat16)
+    words = {
+        "product": lambda columns, of: lowrank.sketch(matrix, columns=columns, side=of),
+        "length": 300,
+        "rank": 40,
+        "side": "left",
+    }
+    energies = []
+    for coarse in (True, False):
+        basis = lowrank.randomised_basis(**words, generator=seeded(5), coarse=coarse)
+        assert orthogonality_error(basis) < 1e-5
+        energies.append((basis.mT @ matrix.float()).square().sum() / sizes[:40].square().sum())
+    assert energies[0] > 0.998 * energies[1]
+    assert energies[0] > (kept if decay > 0.5 else 0.9)
+
+
+@pytest.mark.parametrize("num_directions", [0, 1, 7, 64])
+def test_a_coarse_basis_of_few_directions_is_orthonormal(num_directions: int) -> None:
+    generator = seeded(4)
+    sketch = torch.zeros(512, 64)
+    if num_directions:
+        few = torch.randn(512, num_directions, generator=generator)
+        sketch = few @ torch.randn(num_directions, 64, generator=generator)
+    basis = lowrank.orthonormalise(sketch, generator=seeded(5), coarse=True)
+    assert orthogonality_error(basis) < 1e-5
+    assert orthogonality_error(basis.to(torch.bfloat16).float()) < 2e-3
+    if num_directions:
+        rest = few - basis @ (basis.mT @ few)  # a jitter of columns hides weak directions
+        assert rest.norm() < 2e-2 * few.norm()

@@ -13,10 +13,11 @@ number, which is exact as the loss is a sum. Logits, softmax and dL/dW are fp32;
 the type of h, as a plain head's would be.
 
 Costs: h of the rows with targets once more, and chunk * V * (size of h) bytes while it runs (as
-eager code 4 a logit more). A trained head costs the lesser of two: V * D * 4 bytes for dL/dW, or
-V * n * (size of h) for dL/dz of all rows, of which backward makes dL/dW in one product (fp16, whose
-range an unscaled sum may leave, always takes the former). Nothing is computed twice. A head that is not a plain linear layer (wrapped by an adapter, quantised) is called as it
-is, chunk by chunk under activation checkpointing: the head is then run twice.
+eager code 4 a logit more). A trained head costs the lesser of two: V * D * 4 bytes for dL/dW, or V
+* n * (size of h) for dL/dz of all rows, of which backward makes dL/dW in one product (fp16, whose
+range an unscaled sum may leave, always takes the former). Nothing is computed twice. A head that is
+not a plain linear layer (wrapped by an adapter, quantised) is called as it is, chunk by chunk under
+activation checkpointing: the head is then run twice.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _keeps_logits(rows: Tensor, weight: Tensor) -> bool:
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * scale in `dtype`, by rows: no second fp32 copy of a head is made."""
     made = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    for target, part in zip(made.split(4096), grad.split(4096), strict=True):
+    for target, part in zip(torch.split(made, 4096), torch.split(grad, 4096), strict=True):
         target.copy_(part * scale)
     return made
 

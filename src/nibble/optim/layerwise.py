@@ -203,7 +203,9 @@ class Layerwise:
             number = state["num_refreshes"]
             bases = {
                 side: lowrank.orthonormalise(
-                    sketch, generator=projection.generator(number, side, purpose=1)
+                    sketch,
+                    generator=projection.generator(number, side, purpose=1),
+                    coarse=weight.dtype != torch.float32,
                 )
                 for side, sketch in grad.sketches.items()
             }
@@ -257,7 +259,7 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """A hook that does not keep its owner: torch's collector cannot see cycles through hooks that
     run after a gradient is there, so model and state would stay for as long as the process lives.
     """
-    held = weakref.WeakMethod(method)  # type: ignore[type-var]
+    held = weakref.WeakMethod(method)
 
     def hook(weight: Tensor) -> None:
         own = held()

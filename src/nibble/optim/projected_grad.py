@@ -95,7 +95,7 @@ def register_absent(param: Tensor, make: Callable[[Tensor], ProjectedGrad] | Non
     if make is None:
         _ABSENT.pop(param, None)
     else:
-        _ABSENT[param] = weakref.WeakMethod(make)  # type: ignore[type-var]
+        _ABSENT[param] = weakref.WeakMethod(make)
 
 
 def absent_grad(param: Tensor) -> Tensor:

@@ -187,6 +187,7 @@ class Projection:
             rank=rank,
             side=side,
             generator=generator,
+            coarse=matrix.dtype != torch.float32,
         )
 
     def refresh_(self, state: dict[str, Any], bases: Mapping[str, Tensor], *, step: int) -> None:
