@@ -12,17 +12,34 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+BY_PARTS = ("_by_query_kernel", "_by_key_kernel")
+"""Attention's backward."""
 KINDS = (
     ("unpacking", ("_unpack_kernel", "dequant")),
-    ("int8 tokens", ("_measure_kernel", "_round_kernel", "_rescale_kernel")),
+    ("int8 tokens", ("_round_kernel", "_list_kernel", "_finish_kernel")),
     (
         "fused norms, rotary, gates",
         ("_norm_kernel", "_norm_backward", "_rotate_kernel", "_gate_kernel", "_gate_backward"),
     ),
-    ("attention", ("flash", "fmha", "native_sdpa", "efficient_attention", "scaled_dot")),
+    (
+        "attention",
+        ("flash", "fmha", "native_sdpa", "efficient_attention", "scaled_dot", "_forward_kernel")
+        + BY_PARTS,
+    ),
     (
         "matmul",
-        ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "addmm", "aten::mm", "bmm"),
+        (
+            "gemm",
+            "nvjet",
+            "cutlass",
+            "xmma",
+            "cublas",
+            "splitk",
+            "addmm",
+            "aten::mm",
+            "bmm",
+            "_product",
+        ),
     ),
     ("memory copies", ("memcpy", "memset")),
     ("optimiser", ("multi_tensor", "_foreach")),
