@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-BY_PARTS = ("_by_query_kernel", "_by_key_kernel")
-"""Attention's backward."""
+FUSED_ATTENTION = ("flash", "fmha", "native_sdpa", "efficient_attention", "scaled_dot")
+ALIBI_ATTENTION = ("_forward_kernel", "_by_query_kernel", "_by_key_kernel")
+PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "addmm", "aten::mm", "bmm")
 KINDS = (
     ("unpacking", ("_unpack_kernel", "dequant")),
     ("int8 tokens", ("_round_kernel", "_list_kernel", "_finish_kernel")),
@@ -21,26 +22,8 @@ KINDS = (
         "fused norms, rotary, gates",
         ("_norm_kernel", "_norm_backward", "_rotate_kernel", "_gate_kernel", "_gate_backward"),
     ),
-    (
-        "attention",
-        ("flash", "fmha", "native_sdpa", "efficient_attention", "scaled_dot", "_forward_kernel")
-        + BY_PARTS,
-    ),
-    (
-        "matmul",
-        (
-            "gemm",
-            "nvjet",
-            "cutlass",
-            "xmma",
-            "cublas",
-            "splitk",
-            "addmm",
-            "aten::mm",
-            "bmm",
-            "_product",
-        ),
-    ),
+    ("attention", (*FUSED_ATTENTION, *ALIBI_ATTENTION)),
+    ("matmul", (*PRODUCTS, "_product_kernel")),
     ("memory copies", ("memcpy", "memset")),
     ("optimiser", ("multi_tensor", "_foreach")),
     ("loss", ("softmax", "cross_entropy", "nll", "gather")),
