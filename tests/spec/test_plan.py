@@ -18,16 +18,18 @@ from nibble.nn.factorised import factorise_
 from nibble.nn.quant import QuantLinear, quantize_
 from nibble.optim import build
 from nibble.optim.projected_grad import ProjectedGrad
-from nibble.spec.advice import CHANGES, advise, apply
+from nibble.spec.advice import Advice, _first_fit, advise, apply
 from nibble.spec.arch import Architecture, from_config
+from nibble.spec.choices import CHOICES, Choice, Setting, differs, override, refusal_of
 from nibble.spec.config import MethodName, Recipe
 from nibble.spec.formats import format_spec
 from nibble.spec.hardware import hardware
+from nibble.spec.holdings import ONE_DEVICE, Devices
 from nibble.spec.inventory import inventory
 from nibble.spec.names import covers, lineage, meets
 from nibble.spec.phases import CATEGORIES, PHASES
-from nibble.spec.plan import plan
-from nibble.spec.plan_text import plain
+from nibble.spec.plan import Plan, plan
+from nibble.spec.plan_text import HEADS, plain
 from nibble.spec.units import GIB
 
 TINY: dict[str, Any] = {
@@ -386,7 +388,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     message = str(raised.value)
     assert "budget is 23.99 GiB" in message and "\n" not in message
     assert "train.micro_batch_size=4 train.gradient_accumulation_steps=2" in message
-    assert "quant.format=nf4" in message
+    assert "place.kind=stream (" in message and "quant.format=int8 (" in message
     for advice in advise(made, card.memory_bytes):
         again = plan(apply(r, advice.overrides), architecture=from_config(LLAMA_8B), hardware=card)
         assert again.device_bytes == advice.bytes <= card.memory_bytes
@@ -395,36 +397,61 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 def test_changes_are_piled_up_and_none_is_idle() -> None:
     card = hardware("rtx4090")
+    shape = from_config(LLAMA_8B)
     r = recipe(
         data={"max_length": 2048},
         train={"activation_checkpointing": "none", "micro_batch_size": 8},
     )
-    made = plan(r, architecture=from_config(LLAMA_8B), hardware=card)
+    made = plan(r, architecture=shape, hardware=card)
     (advice,) = advise(made, card.memory_bytes)
     assert len(advice.overrides) > 1
-    for key in advice.overrides:
-        fewer = {k: v for k, v in advice.overrides.items() if k != key}
-        if key == "train.gradient_accumulation_steps":
-            continue  # goes with the micro-batch
-        other = plan(apply(r, fewer), architecture=from_config(LLAMA_8B), hardware=card)
-        assert not other.fits(), key
+    setting = Setting(architecture=shape, devices=made.devices, on_cpu=False)
+    groups = [
+        {k for k in values if k in advice.overrides}
+        for choice in CHOICES
+        for values in list(choice.values(r, setting))[-1:]
+    ]
+    for group in groups:
+        fewer = {k: v for k, v in advice.overrides.items() if k not in group}
+        if not group or refusal_of(r, override(r, fewer)) is not None:
+            continue
+        other = plan(apply(r, fewer), architecture=shape, hardware=card)
+        assert not other.fits(), group
     with pytest.raises(PlanError, match="No small change would fit"):
         made.check(GIB)
 
 
-def test_every_change_does_something() -> None:
-    r = recipe(
-        adapter={"kind": "lora"},
-        data={"max_length": 2048},
-        train={"activation_checkpointing": "none", "micro_batch_size": 6},
+def test_advice_covers_what_can_be_chosen() -> None:
+    """Each row of the table is proposed where it alone makes a plan fit, with its own bytes."""
+    shape = from_config(LLAMA_8B)
+    lora = recipe(
+        adapter={"kind": "lora", "rank": 256},
+        data={"max_length": 4096},
+        train={"micro_batch_size": 4, "activation_checkpointing": "full", "keep_blocks": 8},
+        place={"kind": "stream", "resident_blocks": 32},
     )
-    changed = [list(change(r)) for change in CHANGES[:-1]]
-    assert all(changed)
-    assert changed[1][-1] == {
-        "train.micro_batch_size": 1,
-        "train.gradient_accumulation_steps": 6,
-    }
-    assert list(CHANGES[-1](recipe()))
+    full = recipe(data={"max_length": 2048}, optim={"name": "adamw"})
+    two = Devices(per_machine=2)
+    seen: set[str] = set()
+    for r, devices in ((lora, ONE_DEVICE), (full, ONE_DEVICE), (full, two)):
+        made = plan(r, architecture=shape, hardware=hardware("h200"), devices=devices)
+        for choice in CHOICES:
+            setting = Setting(architecture=shape, devices=devices, on_cpu=False)
+            for values in choice.values(r, setting):
+                changed = override(r, values)
+                if not differs(r, values) or refusal_of(r, changed) is not None:
+                    continue
+                there = plan(changed, architecture=shape, devices=devices)
+                if there.device_bytes < made.device_bytes:
+                    (only,) = [a for a in [_alone(made, choice, there.device_bytes)] if a]
+                    assert only.bytes <= there.device_bytes
+                    seen.add(choice.name)
+    wanted = {"kept blocks", "resident blocks", "micro-batch", "loss chunk", "offload", "MLP tile"}
+    assert wanted | {"placement", "states", "format", "method", "rank", "length", "adapter"} == seen
+
+
+def _alone(made: Plan, choice: Choice, limit: int) -> Advice | None:
+    return _first_fit(made, [], choice, limit)
 
 
 def test_the_recipes_cap_is_one_on_the_allocator() -> None:
@@ -477,9 +504,9 @@ def test_the_table_says_all_of_it() -> None:
         hardware=hardware("h200"),
     )
     text = plain(made)
-    assert max(len(line) for line in text.splitlines()) <= 110
+    assert max(len(line) for line in text.splitlines()) <= 80
     for phase in PHASES:
-        assert phase in text
+        assert HEADS.get(phase, phase) in text
     for category, words in CATEGORIES.items():
         assert (words in text) == any(category in phase.device for phase in made.phases)
     assert "41,943,040 trainable of 8,072,204,288 parameters (0.52 %)" in text
@@ -497,7 +524,7 @@ def test_planning_takes_no_torch_and_little_time() -> None:
         "from nibble.spec.config import Recipe\n"
         "from nibble.spec.arch import from_config\n"
         "from nibble.spec.plan import plan\n"
-        "from nibble.spec.plan_text import plain\n"
+        "from nibble.spec.plan_text import HEADS, plain\n"
         f"shape = from_config({LLAMA_8B!r})\n"
         "start = time.perf_counter()\n"
         "plain(plan(Recipe(model={'path': 'm'}), architecture=shape))\n"

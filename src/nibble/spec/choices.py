@@ -121,7 +121,7 @@ def _placements(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
         yield {"place.kind": "fsdp", "place.shard": "full" if shard == "grad-op" else "grad-op"}
     if setting.on_cpu or kind in ("dp", "deepspeed"):
         return
-    if kind not in ("auto", placement_kind(recipe.place, setting.devices.total)):
+    if kind in ("fsdp", "stream"):
         yield {"place.kind": "auto", "place.shard": "full"}
     if setting.devices.total > 1 and kind != "fsdp":
         yield {"place.kind": "fsdp", "place.shard": "full"}
@@ -133,6 +133,20 @@ def _placements(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
 def rows_per_device(recipe: Recipe) -> int:
     """Rows of one update on one device."""
     return recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
+
+
+def _halves(path: str) -> Callable[[Recipe, Setting], Iterator[Overrides]]:
+    """Less and less of a count, down to none."""
+
+    def values(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
+        del setting
+        count = value_of(recipe, path)
+        yield {path: count}
+        while count != "auto" and count > 0:
+            count //= 2
+            yield {path: count}
+
+    return values
 
 
 def _rows(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
@@ -268,6 +282,7 @@ def _adapters(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
         yield {"adapter.kind": "lora", "quant.format": "nf4", **idle}
 
 
+KEEP, RESIDENT = "train.keep_blocks", "place.resident_blocks"
 POLICY = Choice(
     name="checkpointing",
     paths=("train.activation_checkpointing",),
@@ -285,6 +300,8 @@ PLACEMENT = Choice(name="placement", paths=("place.kind", "place.shard"), values
 RANK = Choice(name="rank", paths=ALLOWED["rank"], values=_ranks, allow="rank")
 
 CHOICES: tuple[Choice, ...] = (
+    Choice(name="kept blocks", paths=(KEEP,), values=_halves(KEEP), searched=False),
+    Choice(name="resident blocks", paths=(RESIDENT,), values=_halves(RESIDENT), searched=False),
     POLICY,
     ROWS,
     CHUNK,
@@ -299,8 +316,6 @@ CHOICES: tuple[Choice, ...] = (
     Choice(name="adapter", paths=("adapter.kind",), values=_adapters, searched=False),
 )
 """In the order in which they are advised: time first, then precision, then what is learnt."""
-
-KEEP, RESIDENT = "train.keep_blocks", "place.resident_blocks"
 
 
 def counts(recipe: Recipe, setting: Setting) -> dict[str, int]:
