@@ -315,4 +315,4 @@ def test_a_coarse_basis_of_few_directions_is_orthonormal(num_directions: int) ->
     assert orthogonality_error(basis.to(torch.bfloat16).float()) < 2e-3
     if num_directions:
         rest = few - basis @ (basis.mT @ few)  # a jitter of columns hides weak directions
-        assert rest.norm() < 2e-2 * few.norm()
+        assert rest.norm() < 0.1 * few.norm()

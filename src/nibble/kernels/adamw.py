@@ -18,14 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nibble.kernels.noise import (
-    CHANGING,
-    SMALLEST,
-    Place,
-    on_device,
-    random_bits,
-    rounded_bfloat16,
-)
+from nibble.kernels.launch import launch
+from nibble.kernels.noise import CHANGING, SMALLEST, Place, random_bits, rounded_bfloat16
 from nibble.numerics import codec8
 from nibble.numerics.rounding import Key
 from nibble.spec.state import BLOCK
@@ -150,27 +144,23 @@ def adamw_(
     key, square_key = keys or ((0, 0), (0, 0))
     tables = _tables(grad.device) if is_coded else (grad,) * 4
     num_blocks = triton.cdiv(grad.numel(), BLOCK)
-    with on_device(grad.device):
-        _adamw_kernel[(triton.cdiv(num_blocks, BLOCKS_A_PROGRAM),)](
-            grad,
-            mean[0],
-            mean[-1],
-            square[0],
-            square[-1],
-            update,
-            *tables,
-            grad.numel(),
-            betas[1],
-            1 - betas[0],
-            1 - betas[1],
-            correction,
-            eps,
-            *key,
-            *square_key,
-            *place,
-            CODED=is_coded,
-            NOISE=mean[0].dtype == torch.bfloat16,
-            CUT=place[2] > 0,
-            ROWS=BLOCKS_A_PROGRAM,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _adamw_kernel,
+        (triton.cdiv(num_blocks, BLOCKS_A_PROGRAM),),
+        (grad, mean[0], mean[-1], square[0], square[-1], update, *tables),
+        grad.numel(),
+        betas[1],
+        1 - betas[0],
+        1 - betas[1],
+        correction,
+        eps,
+        *key,
+        *square_key,
+        *place,
+        is_coded,
+        mean[0].dtype == torch.bfloat16,
+        place[2] > 0,
+        BLOCKS_A_PROGRAM,
+        num_warps=NUM_WARPS,
+        changing=slice(1, 14),
+    )

@@ -15,14 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nibble.kernels.noise import (
-    CHANGING,
-    SMALLEST,
-    Place,
-    on_device,
-    random_bits,
-    rounded_bfloat16,
-)
+from nibble.kernels.launch import launch
+from nibble.kernels.noise import CHANGING, SMALLEST, Place, random_bits, rounded_bfloat16
 from nibble.numerics.rounding import Key
 from nibble.spec.int8_weights import GROUP
 
@@ -167,28 +161,32 @@ def move_(
     multiplies rate and decay. A `key` rounds bf16 weights at random, else to nearest.
     """
     numel = weight.numel()
-    with on_device(weight.device):
-        _move_kernel[(triton.cdiv(numel, ELEMENTS_A_PROGRAM),)](
+    launch(
+        _move_kernel,
+        (triton.cdiv(numel, ELEMENTS_A_PROGRAM),),
+        (
             weight,
             weight if update is None else update,
             weight if grad is None else grad,
             weight if factor is None else factor,
             weight if share is None else share,
-            numel,
-            weight.shape[-1],
-            rate,
-            decay,
-            *(key or (0, 0)),
-            *place,
-            UPDATE=update is not None,
-            FACTOR=_factor_kind(factor),
-            SHARE=share is not None,
-            DECAY_LAST=decay_last,
-            NOISE=key is not None,
-            CUT=place[2] > 0,
-            ELEMENTS=ELEMENTS_A_PROGRAM,
-            num_warps=NUM_WARPS,
-        )
+        ),
+        numel,
+        weight.shape[-1],
+        rate,
+        decay,
+        *(key or (0, 0)),
+        *place,
+        update is not None,
+        _factor_kind(factor),
+        share is not None,
+        decay_last,
+        key is not None,
+        place[2] > 0,
+        ELEMENTS_A_PROGRAM,
+        num_warps=NUM_WARPS,
+        changing=slice(2, 10),
+    )
 
 
 def move_int8_(
@@ -206,28 +204,32 @@ def move_int8_(
 ) -> None:
     """`move_` for codes int8 [rows, columns] with scales float32 [rows, groups], all contiguous."""
     num_rows, columns = codes.shape
-    with on_device(codes.device):
-        _move_int8_kernel[(triton.cdiv(num_rows, ROWS_A_PROGRAM), scales.shape[1])](
+    launch(
+        _move_int8_kernel,
+        (triton.cdiv(num_rows, ROWS_A_PROGRAM), scales.shape[1]),
+        (
             codes,
             scales,
             scales if update is None else update,
             scales if grad is None else grad,
             scales if factor is None else factor,
-            num_rows,
-            columns,
-            scales.shape[1],
-            rate,
-            decay,
-            *key,
-            *place,
-            UPDATE=update is not None,
-            FACTOR=_factor_kind(factor),
-            DECAY_LAST=decay_last,
-            CUT=place[2] > 0,
-            ROWS=ROWS_A_PROGRAM,
-            GROUP=GROUP,
-            num_warps=NUM_WARPS,
-        )
+        ),
+        num_rows,
+        columns,
+        scales.shape[1],
+        rate,
+        decay,
+        *key,
+        *place,
+        update is not None,
+        _factor_kind(factor),
+        decay_last,
+        place[2] > 0,
+        ROWS_A_PROGRAM,
+        GROUP,
+        num_warps=NUM_WARPS,
+        changing=slice(3, 11),
+    )
 
 
 def _factor_kind(factor: Tensor | None) -> int:

@@ -9,8 +9,6 @@ is ever in memory.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -51,10 +49,3 @@ def rounded_bfloat16(x, bits):
     # Infinities and NaN have all exponent bits set, and stay.
     is_finite = (x.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
     return tl.where(is_finite, noisy.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever tensors it is given."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
