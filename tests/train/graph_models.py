@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,8 @@ from nibble.nn.fused import fuse_
 from nibble.nn.quant import quantize_
 from nibble.optim import build
 from nibble.place.activations import Activations, checkpoint_
+from nibble.place.base import Placement
+from nibble.place.graphs import NotRecordedError, Observed, Recorded
 from nibble.place.single import one_device
 from nibble.spec.config import Adapter, Optim, Place, Quant
 from nibble.spec.formats import format_spec
@@ -98,14 +100,16 @@ def make_batch(case: Case, seed: int) -> Batch:
 class Steps:
     """Other rows in every step; which ones is a function of the position."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, rank: int = 0, world: int = 1) -> None:
         self.case, self.position = case, 0
+        self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
             self.position += 1
-            first = self.position * self.case.accumulation
-            yield [make_batch(self.case, first + n) for n in range(self.case.accumulation)]
+            first = self.position * self.case.accumulation * self.world + self.rank
+            numbers = range(first, first + self.case.accumulation * self.world, self.world)
+            yield [make_batch(self.case, number) for number in numbers]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -142,9 +146,17 @@ def make_model(case: Case) -> Any:
     return model
 
 
-def train(case: Case, folder: Path, *, graphs: str, resume: bool = False, **words: Any) -> Seen:
+def train(
+    case: Case,
+    folder: Path,
+    *,
+    graphs: str,
+    resume: bool = False,
+    place: Placement | None = None,
+    **words: Any,
+) -> Seen:
     """Train a fresh model as the case says; `resume`: go on where the folder is."""
-    place = one_device(Place(device=case.device))
+    place = place or one_device(Place(device=case.device))
     model = make_model(case)
     trained = place.trained(model)
     optimizer, schedule = build(trained, Optim(learning_rate=1e-3), total_steps=case.steps)
@@ -154,8 +166,9 @@ def train(case: Case, folder: Path, *, graphs: str, resume: bool = False, **word
         seen.grads.append([p.grad.clone() for p in trained.values() if p.grad is not None])
 
     optimizer.register_step_pre_hook(keep)
+    loader = Steps(case, rank=place.rank, world=place.world)
     state = TrainState(
-        model=model, optimizer=optimizer, schedule=schedule, loader=Steps(case), place=place
+        model=model, optimizer=optimizer, schedule=schedule, loader=loader, place=place
     )
     checkpoints = Checkpoints(folder, keep=3)
     if resume:
@@ -184,6 +197,32 @@ def train(case: Case, folder: Path, *, graphs: str, resume: bool = False, **word
     seen.notes, seen.peak_bytes = recorder.notes, place.memory().reserved_bytes
     seen.weights = {name: p.detach().clone() for name, p in trained.items()}
     return seen
+
+
+class FakeRecorder:
+    """Records by remembering: a replay is the work itself, done again on the same tensors."""
+
+    def __init__(self) -> None:
+        self.observed = Observed(host_s=1.0, device_s=1.0, waits=None)
+        self.num_recorded = self.num_replayed = self.num_released = 0
+        self.refusal = ""
+
+    def observe(self, work: Callable[[], Any]) -> tuple[Any, Observed]:
+        return work(), self.observed
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        if self.refusal:
+            raise NotRecordedError(self.refusal)
+        self.num_recorded += 1
+
+        def replay() -> None:
+            self.num_replayed += 1
+            work()
+
+        return Recorded(replay=replay, num_bytes=1 << 20)
+
+    def release(self) -> None:
+        self.num_released += 1
 
 
 def distance(one: Seen, other: Seen) -> float:

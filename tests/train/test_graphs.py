@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from graph_models import VOCAB, Case, Seen, distance, make_batch, make_model, train
+from graph_models import (
+    VOCAB,
+    Case,
+    FakeRecorder,
+    Seen,
+    distance,
+    make_batch,
+    make_model,
+    train,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +29,7 @@ from nibble.data.shapes import of_few_shapes
 from nibble.errors import ConfigError
 from nibble.models.family import describe
 from nibble.nn.attention import PACKED, attention_name
-from nibble.place.graphs import NotRecordedError, Observed, Recorded, recorder_of
+from nibble.place.graphs import Observed, recorder_of
 from nibble.place.single import one_device
 from nibble.spec.config import Place, Recipe
 from nibble.spec.graphs import wish
@@ -28,32 +37,6 @@ from nibble.spec.rules import check
 from nibble.train import graphs
 from nibble.train.graphs import MAX_GRAPHS, Passes, StaticGrads
 from nibble.use.objective import objective
-
-
-class FakeRecorder:
-    """Records by remembering; counts."""
-
-    def __init__(self) -> None:
-        self.observed = Observed(host_s=1.0, device_s=1.0, waits=None)
-        self.num_recorded = self.num_replayed = self.num_released = 0
-        self.refusal = ""
-
-    def observe(self, work: Callable[[], Any]) -> tuple[Any, Observed]:
-        return work(), self.observed
-
-    def record(self, work: Callable[[], None]) -> Recorded:
-        if self.refusal:
-            raise NotRecordedError(self.refusal)
-        self.num_recorded += 1
-
-        def replay() -> None:
-            self.num_replayed += 1
-            work()
-
-        return Recorded(replay=replay, num_bytes=1 << 20)
-
-    def release(self) -> None:
-        self.num_released += 1
 
 
 @pytest.fixture
