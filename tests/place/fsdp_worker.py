@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from placements_worker import Recorder
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nibble.data import Splits, one_pass, prepare
 from nibble.errors import CheckpointError
@@ -82,6 +83,21 @@ def held_bytes(model: Any) -> dict[str, int]:
     }
 
 
+def watch_tables(model: Any) -> set[tuple[str, bool, bool]]:
+    """Whether embedding and head lie here in rows when the first block goes each way."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    seen: set[tuple[str, bool, bool]] = set()
+
+    def note(when: str) -> None:
+        embedding, head = (isinstance(table.weight, DTensor) for table in tables)
+        seen.add((when, embedding, head))
+
+    block = model.model.layers[0]
+    block.register_forward_pre_hook(lambda *_: note("forward"))
+    block.register_full_backward_pre_hook(lambda *_: note("backward"))
+    return seen
+
+
 class ReadBytes:
     """Counts what is read of checkpoints."""
 
@@ -129,7 +145,8 @@ def train(
         checkpoints.resume(state)
         if case.get("rewrite"):
             Checkpoints(folder.with_name(case["rewrite"]), keep=9).save(state)
-        loss = objective(assembly.built.family, task="causal-lm", chunk=64)
+        seen = watch_tables(state.model) if group.world > 1 else set()
+        loss = place.around(objective(assembly.built.family, task="causal-lm", chunk=64))
         loop(
             state, place=place, objective=loss, settings=settings, report=report,
             checkpoints=checkpoints,
@@ -147,6 +164,7 @@ def train(
         "weights": {n: whole(p, place, n) for n, p in named.items()},
         "held_out": held_out,
         "before": before,
+        "tables": seen,
         "after": packed_bytes(state.model, place),
         "held_bytes": held,
         "read_bytes": reading.num_bytes,

@@ -194,6 +194,15 @@ def test_codes_and_scales_are_sharded_and_read_by_rows(
     assert sum(read) == alone["read_bytes"] and max(read) < 0.52 * sum(read)
 
 
+def test_frozen_tables_are_whole_only_while_they_are_used(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        ways = {("forward", True, True), ("backward", True, True)}
+        assert checked(rank["nf4 lora base"])["tables"] == ways
+        # Trained or tied ones stay with what is outside of the blocks, from end to end.
+        for name in ("nf4 lora base saved", "none none tied"):
+            assert not any(is_cut for _, *cut in checked(rank[name])["tables"] for is_cut in cut)
+
+
 def test_bytes_that_look_like_nan_survive(two: list[dict[str, Any]]) -> None:
     """Seen as bfloat16 the codes hold NaN; every bit is there before and after (`equal_to_alone`),
     and shards hold views of the other type only where it was asked for."""

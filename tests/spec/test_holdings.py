@@ -68,7 +68,7 @@ def test_shards_add_up_to_the_whole(shape: Architecture) -> None:
     one, two = held(recipe("single"), shape, TWO), held(recipe("fsdp"), shape, TWO)
     for name in ("base_codes", "base_scales", "base_weights", "trained_weights", "gradients"):
         assert getattr(one, name) <= 2 * getattr(two, name) <= getattr(one, name) + 2
-    assert two.moving < 3 * GIB, "two tables outside of the blocks, and three blocks"
+    assert two.moving < 2 * GIB, "three blocks; the two tables come and go before and after them"
     kept = held(recipe("fsdp", shard="grad-op"), shape, TWO)
     assert kept.moving > 30 * GIB
     hybrid = held(

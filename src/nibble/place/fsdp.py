@@ -1,9 +1,9 @@
 """Everything sharded: each process keeps its rows of every weight, and gathers a block to compute
 it.
 
-torch's `fully_shard` with one unit for each block and one for what is outside of the blocks
-(embedding, norm, head). A process holds 1/p of codes, scales, trained weights, gradients and
-optimiser state:
+torch's `fully_shard` with one unit for each block and one for what is outside of the blocks;
+frozen tables come and go by themselves (tables.py). A process holds 1/p of codes, scales, trained
+weights, gradients and optimiser state:
 
     forward     gather block i + 1 while block i computes        all-gather of the block's bytes
     backward    the same in reverse, and gradients are summed    reduce-scatter of the trained part
@@ -48,9 +48,11 @@ from nibble.nn.adapters import LoraLinear, adapters, locate
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.optim.shards import ShardView
 from nibble.place.activations import Activations
+from nibble.place.base import Objective
 from nibble.place.group import Group, coalesced
 from nibble.place.shard_views import Part, collected, cut, part, split_dim, storage_view
 from nibble.place.single import Single
+from nibble.place.tables import GatheredHead, around_head, tables
 from nibble.spec.config import Optim, Place
 from nibble.spec.lowrank import LowRank
 from nibble.spec.methods import low_rank
@@ -73,6 +75,7 @@ class Fsdp(Single):
         self._parts_group = self.mesh.get_group(-1)
         self._low: LowRank | None = None
         self._decoder: Any = None
+        self._head: GatheredHead | None = None
         self._shards: dict[str, DTensor] = {}
         self._adds_whole = False
         self._is_checked = False
@@ -100,14 +103,20 @@ class Fsdp(Single):
             "ignored_params": _seen_as_floats_(model),
             "shard_placement_fn": self._placement_of,
         }
-        with _joined(model, decoder):
+        apart = tables(built)
+        first = [] if apart.embedding is None else [apart.embedding]
+        with _joined(model, decoder, without=apart.head):
             for block in blocks:
                 fully_shard(block, reshard_after_forward=self._reshards, **words)
+            for table in first:
+                fully_shard(table, reshard_after_forward=True, **words)
             fully_shard(decoder, reshard_after_forward=False, **words)
             decoder.to_empty(device=self.device)
+        if apart.head is not None:
+            self._head = GatheredHead(apart.head, self.mesh, device=self.device)
         finish(model, ties=ties)
         self._decoder = decoder
-        units: list[Any] = [decoder, *blocks]
+        units: list[Any] = [decoder, *first, *blocks]
         for unit in units:
             # Gradients are sums: the loss is divided by the targets of all processes.
             unit.set_gradient_divide_factor(1.0)
@@ -222,6 +231,12 @@ class Fsdp(Single):
         with self.group.during(WHAT):
             coalesced(tensors, add)
 
+    def around(self, objective: Objective) -> Objective:
+        """The objective, which finds the head whole once the decoder is done."""
+        if self._head is None:
+            return objective
+        return around_head(self._head, self._decoder, objective)
+
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Gradients of the own parts are complete after the last pass of a step."""
@@ -292,10 +307,12 @@ def _mesh(place: Place, group: Group) -> DeviceMesh:
 
 
 @contextmanager
-def _joined(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
+def _joined(model: nn.Module, decoder: nn.Module, *, without: nn.Module | None) -> Iterator[None]:
     """Let what is beside the decoder be a part of it."""
     others = nn.ModuleList(
-        child for child in model.children() if all(part is not decoder for part in child.modules())
+        child
+        for child in model.children()
+        if child is not without and all(part is not decoder for part in child.modules())
     )
     if decoder is model:
         others = nn.ModuleList()

@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nibble.spec.config import Place, Recipe
-from nibble.spec.inventory import Inventory
+from nibble.spec.formats import DTYPE_BYTES
+from nibble.spec.inventory import COMPUTE_DTYPE, Inventory
 
 GATHERED_BLOCKS = 3
 """Alive at once under fsdp: the block at work, and the next one gathered and being cut into
@@ -113,6 +114,10 @@ def _sharded(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
     blocks = sum(stock.base_by_block) + sum(stock.trained_by_block)
     outside = stock.base_bytes + stock.trained_bytes - blocks
     gathered = blocks if place.shard == "grad-op" else GATHERED_BLOCKS * _largest_block(stock)
+    apart = [] if place.shard == "grad-op" else _tables(recipe, stock)
+    outside -= sum(apart)
+    # A frozen table is whole before the first block is gathered or after the last one is freed.
+    moving = max([min(gathered, blocks), *apart]) + outside
     return Holding(
         base_codes=_share(stock.base_codes_bytes, group),
         base_scales=_share(stock.base_scales_bytes, group),
@@ -120,10 +125,23 @@ def _sharded(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
         trained_weights=_share(stock.trained_bytes, group),
         gradients=_share(stock.gradient_bytes, group),
         optimizer_state=_share(stock.optimizer_bytes, group),
-        moving=min(gathered, blocks) + outside if group > 1 else 0,
+        moving=moving if group > 1 else 0,
         streamed=0,
         num_processes=devices.per_machine,
     )
+
+
+def _tables(recipe: Recipe, stock: Inventory) -> list[int]:
+    """Bytes of the embedding and the head that fsdp gathers by themselves (place/tables.py)."""
+    model = stock.architecture
+    learns = {"embedding": stock.embedding_trained, "head": stock.head_trained}
+    frozen = {kind for kind, is_trained in learns.items() if not is_trained and not model.tied}
+    each = DTYPE_BYTES[COMPUTE_DTYPE[recipe.train.precision]]
+    return [
+        parameter.size * each
+        for parameter in model.parameters
+        if parameter.kind in frozen and parameter.module not in stock.adapted
+    ]
 
 
 def _zero(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
