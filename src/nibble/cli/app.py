@@ -82,6 +82,18 @@ def plan(
         typer.Option(help="Plan for this card, such as rtx4090; default: this machine's."),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them share the run.")] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Choose the fastest that fits, say why, and write it.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id, with or without a recipe.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Built-in recipe to fit when none is named; default qlora.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the fitted recipe goes; default fitted.yaml.")
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="A row for each method: memory, speed, cost, quality."),
@@ -110,12 +122,18 @@ def plan(
             compare, words, as_json=json, gpu=gpu, gpus=gpus, ram=ram, row_tokens=tokens
         )
         return
+    if recipe is None and model is None and not any(w.startswith("model") for w in words):
+        raise typer.BadParameter("name a RECIPE (nibble recipes), --model or --compare MODEL")
+    from nibble.cli.fitting import OUT, recipe_to_fit, show_fit
     from nibble.cli.planning import show_plan
-    from nibble.spec.load import load_recipe
 
-    if recipe is None:
-        raise typer.BadParameter("name a RECIPE (nibble recipes), or --compare MODEL")
-    show_plan(load_recipe(recipe, words), as_json=json, gpu=gpu, gpus=gpus)
+    loaded = recipe_to_fit(
+        recipe, words, fit=fit, model=model, method=method, ram=ram, tokens=tokens
+    )
+    if fit or out is not None:
+        show_fit(loaded, as_json=json, gpu=gpu, gpus=gpus, out=out or OUT)
+    else:
+        show_plan(loaded, as_json=json, gpu=gpu, gpus=gpus)
 
 
 @app.command()

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 
 import typer
 
 from nibble.errors import ConfigError, PlanError, WeightError
-from nibble.spec.arch import architecture
+from nibble.spec.arch import Architecture, architecture
 from nibble.spec.config import Recipe
 from nibble.spec.decide import decide
-from nibble.spec.hardware import hardware
+from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.plan import Plan, plan
 from nibble.use.machine import card_names
 
 
-def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> Plan:
-    """The plan of a recipe on the named card, or on this machine's; without one, on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """The shape of a recipe's model and the devices that it is planned for; `is_here`: those of
+    this machine."""
+
+    architecture: Architecture
+    hardware: Hardware | None
+    on_cpu: bool
+    devices: Devices
+    is_here: bool
+
+
+def where(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> Where:
+    """The named card, or this machine's; without one, the CPU.
 
     `gpus`: how many of them share the run (default: place.num_devices, or all that are here).
     """
@@ -35,9 +48,29 @@ def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None
     number = gpus or recipe.place.num_devices or here
     if recipe.place.kind == "single" or ":" in device:
         number = 1
-    devices = Devices(per_machine=number)
-    made = decide(recipe, architecture=shapes, hardware=card, on_cpu=on_cpu, devices=devices)
-    return plan(made, architecture=shapes, hardware=card, on_cpu=on_cpu, devices=devices)
+    return Where(
+        architecture=shapes,
+        hardware=card,
+        on_cpu=on_cpu,
+        devices=Devices(per_machine=number),
+        is_here=gpu is None,
+    )
+
+
+def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> Plan:
+    """The plan of a recipe where `where` says; of one to be fitted the fastest that fits."""
+    if recipe.fit is not None:
+        from nibble.cli.fitting import fitted
+
+        return fitted(recipe, gpu=gpu, gpus=gpus).plan
+    there = where(recipe, gpu=gpu, gpus=gpus)
+    words = {
+        "hardware": there.hardware,
+        "on_cpu": there.on_cpu,
+        "devices": there.devices,
+    }
+    made = decide(recipe, architecture=there.architecture, **words)  # type: ignore[arg-type]
+    return plan(made, architecture=there.architecture, **words)  # type: ignore[arg-type]
 
 
 def plan_or_none(recipe: Recipe) -> Plan | None:
@@ -52,6 +85,11 @@ def show_plan(
     recipe: Recipe, *, as_json: bool, gpu: str | None = None, gpus: int | None = None
 ) -> None:
     """Print the plan; a plan that does not fit its `place.vram` says so and what would."""
+    if recipe.fit is not None:
+        from nibble.cli.fitting import show_fit
+
+        show_fit(recipe, as_json=as_json, gpu=gpu, gpus=gpus, out=None)
+        return
     made = make_plan(recipe, gpu=gpu, gpus=gpus)
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=1))

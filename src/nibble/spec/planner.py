@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nibble.errors import ConfigError
 from nibble.spec.arch import Architecture
 from nibble.spec.choices import Setting
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.inventory import Inventory, inventory
+from nibble.spec.phases import CUDA_CONTEXT_BYTES
 from nibble.spec.plan import Plan, plan
-from nibble.spec.units import show_bytes
+from nibble.spec.units import parse_bytes, show_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,45 @@ class Budget:
         if self.host_bytes is not None:
             parts.append(f"{show_bytes(self.host_bytes)} of the host")
         return " and ".join(parts) or "no budget"
+
+
+def budget_of(
+    recipe: Recipe,
+    *,
+    device_bytes: int | None,
+    host_bytes: int | None,
+    on_cpu: bool = False,
+    card: str = "the card",
+) -> Budget:
+    """The recipe's own budgets within what there is: of one card in all, of the host for the run.
+
+    None is what is not known. Raises ConfigError for a budget above what there is, and where
+    neither is known.
+    """
+    vram, ram = recipe.place.vram, recipe.place.ram
+    device = None if on_cpu else device_bytes
+    if vram is not None and not on_cpu:
+        wanted = parse_bytes(vram)
+        if device is not None and wanted > device:
+            raise ConfigError(
+                f"place.vram={vram} is more than {card} has ({show_bytes(device)}): lower it, or "
+                "leave it out"
+            )
+        wanted += CUDA_CONTEXT_BYTES
+        device = wanted if device is None else min(device, wanted)
+    host = host_bytes
+    if ram is not None:
+        host = parse_bytes(ram, option="place.ram")
+        if host_bytes is not None and host > host_bytes:
+            raise ConfigError(
+                f"place.ram={ram} is more than is free here ({show_bytes(host_bytes)}): lower it, "
+                "or leave it out"
+            )
+    if device is None and (host is None or not on_cpu):
+        raise ConfigError(
+            "fit needs a budget: name a card (--gpu rtx4090), or give place.vram such as 24GiB"
+        )
+    return Budget(device_bytes=device, host_bytes=host)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,11 +55,11 @@ class Found:
     @property
     def changes(self) -> Overrides:
         """The settings that were chosen otherwise than the recipe has them."""
-        paths = [path for choice in CHOICES for path in choice.paths] + [KEEP, RESIDENT]
+        paths = [path for choice in CHOICES for path in choice.paths]
         return {
             path: value_of(self.recipe, path)
             for path in paths
-            if value_of(self.recipe, path) != value_of(self.started, path)
+            if value_of(self.recipe, path) not in (value_of(self.started, path), "auto")
         }
 
 
