@@ -96,16 +96,21 @@ def _round_kernel(
 
 
 @triton.jit
-def _list_kernel(flags, listed, num_columns, TILES: tl.constexpr, COLUMNS: tl.constexpr):
+def _list_kernel(
+    flags, listed, num_columns, ALL: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The flagged columns in order; their number comes first."""
-    found = 0
-    for tile in range(TILES):
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        flag = tl.load(flags + column, mask=column < num_columns, other=0).to(tl.int32)
-        place = found + tl.cumsum(flag, axis=0)
-        tl.store(listed + place, column, mask=flag > 0)
-        found += tl.sum(flag, axis=0)
-    tl.store(listed, found)
+    every = tl.arange(0, ALL)
+    total = tl.sum(tl.load(flags + every, mask=every < num_columns, other=0).to(tl.int32), axis=0)
+    tl.store(listed, total)
+    if total > 0:
+        found = 0
+        for tile in range(TILES):
+            column = tile * COLUMNS + tl.arange(0, COLUMNS)
+            flag = tl.load(flags + column, mask=column < num_columns, other=0).to(tl.int32)
+            place = found + tl.cumsum(flag, axis=0)
+            tl.store(listed + place, column, mask=flag > 0)
+            found += tl.sum(flag, axis=0)
 
 
 @triton.jit
@@ -270,6 +275,7 @@ def round_tokens(x: Tensor, *, threshold: float) -> Rounded:
         (1,),
         (flags, listed),
         columns,
+        triton.next_power_of_2(columns),
         triton.cdiv(columns, LISTING_COLUMNS),
         LISTING_COLUMNS,
         num_warps=NUM_WARPS,
