@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nibble.spec.activations import FAST_PATHS, Work, forward_bytes, kept_outside
+from nibble.spec.arch import Architecture
 from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
 from nibble.spec.formats import DTYPE_BYTES
@@ -37,14 +39,17 @@ CATEGORIES: dict[str, str] = {
 }
 """Categories of device memory and how they are called; a new one is a row here."""
 HOST_CATEGORIES: dict[str, str] = {
-    "process": "the processes themselves",
+    "process": "processes",
     "streamed_base": "streamed weights",
     "tensor_in_flight": "tensors being read",
     "offloaded_activations": "activations",
-    "checkpoint_copy": "a tensor being written",
+    "checkpoint_copy": "a tensor as written",
+    "trained_copy": "trained tensors",
 }
 """Categories of host memory."""
-PHASES = ("load", "first step", "steady step", "evaluation", "save")
+MERGE = "merge"
+PHASES = ("load", "first step", "steady step", "evaluation", "save", MERGE)
+"""In the order of a run; `merge` is `nibble export`, a process of its own after it."""
 
 CUDA_CONTEXT_BYTES = GIB // 2
 """Kernels, cuBLAS workspaces and the driver's own, as seen on an H200 with torch 2.11."""
@@ -56,6 +61,8 @@ PROCESS_BYTES = int(1.6 * GIB)
 """Resident size of Python with torch and transformers imported."""
 PACK_CHUNK_WEIGHTS, PACK_BYTES_PER_WEIGHT = 1 << 24, 16
 """Packing goes by chunks of at most this many weights; each takes fp32 copies and codes."""
+MERGE_BYTES_PER_WEIGHT = 14
+"""A matrix in fp32, its update, their sum, and what is written (`nn/adapters.py`)."""
 UPDATE_BYTES_PER_WEIGHT = 12
 """fp32 steps of an update, for the largest trained tensor only."""
 
@@ -176,6 +183,7 @@ def phase(name: str, run: Run) -> Phase:
         "steady step": _step_moments,
         "evaluation": _evaluation_moments,
         "save": _save_moments,
+        MERGE: _merge_moments,
     }[name](run)
     moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
     device = {category: extra.get(category, held.get(category, 0)) for category in CATEGORIES}
@@ -192,6 +200,9 @@ def phase(name: str, run: Run) -> Phase:
     }
     if name == "load":
         host["tensor_in_flight"] = 2 * stock.largest_tensor * share.num_processes
+    if name == MERGE:
+        host |= {"process": PROCESS_BYTES, "streamed_base": 0}
+        host |= {"tensor_in_flight": 2 * stock.largest_tensor, "trained_copy": stock.trained_bytes}
     if name == "save":
         # Tensors are written one by one.
         largest = stock.largest_trained_bytes
@@ -273,3 +284,46 @@ def _save_moments(run: Run) -> _Moments:
     """Trained tensors and state are copied to the host one by one; the device holds no more."""
     del run
     return {"writing": {}}
+
+
+@lru_cache(maxsize=16)
+def _sizes_in_blocks(shape: Architecture) -> tuple[int, int]:
+    """Weights of all blocks, and of the largest tensor in them."""
+    sizes = [parameter.size for parameter in shape.parameters if parameter.block is not None]
+    return sum(sizes), max(sizes, default=0)
+
+
+def _merge_moments(run: Run) -> _Moments:
+    """`nibble export`: outside of the blocks, adapters, one block; a matrix is merged in fp32, and
+    then both models see a batch, block by block."""
+    stock, seen = run.stock, run.seen
+    is_small = run.recipe.adapter.kind in ("lora", "dora")
+    outside = stock.base_weights_bytes - sum(stock.dense_by_block)
+    learnt = sum(stock.trained_by_block)
+    blocks = [
+        frozen + (0 if is_small else trained)
+        for frozen, trained in zip(stock.base_by_block, stock.trained_by_block, strict=True)
+    ]
+    element = DTYPE_BYTES[COMPUTE_DTYPE[run.recipe.train.precision]]
+    total, largest = _sizes_in_blocks(stock.architecture)
+    dense, block = element * total // max(1, len(blocks)), max(blocks, default=0)
+    held = {
+        "base_codes": 0,
+        "base_scales": 0,
+        "base_weights": outside,
+        "trained_weights": stock.trained_bytes - (0 if is_small else learnt),
+        "optimizer_state": 0,
+        "moving": block,
+    }
+    merged = largest * (MERGE_BYTES_PER_WEIGHT if is_small else element)
+    return {
+        "a merged matrix": {**held, "dequantised": merged},
+        "both models compared": {
+            **held,
+            "base_weights": 2 * outside,
+            "moving": max(block, dense),
+            "activations_kept": seen.outside,
+            "activation_workspace": seen.forward,
+            "logits": seen.logits_evaluation,
+        },
+    }

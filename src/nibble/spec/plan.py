@@ -3,11 +3,11 @@
     peak = max over phases of  weights + gradients + optimiser + activations + workspaces
                                + allocator's loss (3 %) + CUDA context (0.5 GiB)
 
-Idea. Every phase (load, first step, steady step, evaluation, save) passes through a few moments; a
-moment is a dictionary of categories, and the phase is its largest moment. Tensors that stay are
-counted exactly (`inventory.py`: the tables that allocate them), activations by the list of what
-autograd keeps (`activations.py`), and only workspaces and the allocator are estimates, named below
-with their source. `check` refuses what does not fit and says which small changes would
+Idea. Every phase (load, first step, steady step, evaluation, save, merge) passes through a few
+moments; a moment is a dictionary of categories, and the phase is its largest moment. Tensors that
+stay are counted exactly (`inventory.py`: the tables that allocate them), activations by the list of
+what autograd keeps (`activations.py`), and only workspaces and the allocator are estimates, named
+below with their source. `check` refuses what does not fit and says which small changes would
 (`advice.py`), each planned again.
 
 It costs milliseconds, needs no torch and no GPU, and allocates nothing. Speed is `speed.py`.
@@ -28,6 +28,7 @@ from nibble.spec.phases import (
     CATEGORIES,
     CUDA_CONTEXT_BYTES,
     HOST_CATEGORIES,
+    MERGE,
     PHASES,
     Pass,
     Phase,
@@ -61,9 +62,16 @@ class Plan:
     speed: Speed | None
 
     @property
+    def run_phases(self) -> tuple[Phase, ...]:
+        """The phases of the run itself: what a budget is held against. Merging comes after it, in a
+        process of its own, which `--device cpu` takes off the card.
+        """
+        return tuple(phase for phase in self.phases if phase.name != MERGE)
+
+    @property
     def peak(self) -> Phase:
-        """The phase with the most device memory."""
-        return max(self.phases, key=lambda phase: phase.device_bytes)
+        """The phase of the run with the most device memory."""
+        return max(self.run_phases, key=lambda phase: phase.device_bytes)
 
     @property
     def device_bytes(self) -> int:
@@ -73,12 +81,12 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Peak of the host; on a CPU the device's bytes are in it."""
-        return max(p.host_bytes + (p.device_bytes if self.on_cpu else 0) for p in self.phases)
+        return max(p.host_bytes + (p.device_bytes if self.on_cpu else 0) for p in self.run_phases)
 
     @property
     def allocator_bytes(self) -> int:
         """Peak without the CUDA context: what a cap on the allocator is compared with."""
-        return max(p.device_bytes - p.device.get("cuda_context", 0) for p in self.phases)
+        return max(p.device_bytes - p.device.get("cuda_context", 0) for p in self.run_phases)
 
     def limit(self) -> int | None:
         """The budget that the recipe or the card names, in bytes, context included; or None."""
@@ -88,6 +96,16 @@ class Plan:
         if self.hardware is not None and not self.on_cpu:
             limits.append(self.hardware.memory_bytes)
         return min(limits) if limits else None
+
+    @property
+    def run_tokens(self) -> int | None:
+        """Tokens of the whole run where the recipe says how many; epochs need the data."""
+        train = self.recipe.train
+        if train.max_steps is not None:
+            return train.max_steps * self.tokens_per_step
+        if train.max_tokens is not None:
+            return -(-train.max_tokens // self.tokens_per_step) * self.tokens_per_step
+        return None
 
     def fits(self, limit_bytes: int | None = None) -> bool:
         """Whether the peak is within the budget (`limit()` when not given); True without one."""
@@ -105,7 +123,7 @@ class Plan:
         limit = min((n for n in (available_bytes, budget) if n is not None), default=None)
         if limit is None or self.host_bytes <= limit:
             return
-        phase = max(self.phases, key=lambda p: p.host_bytes)
+        phase = max(self.run_phases, key=lambda p: p.host_bytes)
         largest = max(phase.host.items(), key=lambda item: item[1])
         raise PlanError(
             f"needs {show_bytes(self.host_bytes)} of host memory ({phase.name}), "
@@ -150,6 +168,7 @@ class Plan:
             "tokens_per_step": self.tokens_per_step,
             "flops_per_step": self.flops_per_step,
             "speed": None if self.speed is None else self.speed.to_json(),
+            "run": self._run_json(),
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "limit_bytes": limit,
@@ -165,6 +184,18 @@ class Plan:
                 }
                 for phase in self.phases
             },
+        }
+
+    def _run_json(self) -> dict[str, Any] | None:
+        """Hours, energy and money of the whole run; None where its tokens are not known."""
+        tokens, speed = self.run_tokens, self.speed
+        if tokens is None or speed is None:
+            return None if tokens is None else {"tokens": tokens}
+        return {
+            "tokens": tokens,
+            "hours": speed.hours(tokens),
+            "kwh": speed.energy_kwh(tokens),
+            "usd": speed.cost_usd(tokens),
         }
 
 
@@ -194,10 +225,11 @@ def plan(
         seen=Pass.of(recipe, stock, work),
         on_cpu=on_cpu,
     )
-    phases = tuple(phase(name, run) for name in PHASES)
-    flops, speed = estimate(
-        recipe, stock, work, hardware=None if on_cpu else hardware, held=run.held, devices=devices
-    )
+    can_merge = recipe.adapter.kind != "factorised"  # a model of factors has no other form
+    phases = tuple(phase(name, run) for name in PHASES if can_merge or name != MERGE)
+    # On a processor only its own measured row is of use.
+    rates = hardware if hardware is not None and hardware.is_cpu == on_cpu else None
+    flops, speed = estimate(recipe, stock, work, hardware=rates, held=run.held, devices=devices)
     return Plan(
         recipe=recipe,
         architecture=stock.architecture,

@@ -1,8 +1,9 @@
 """The plan as a table that a person enjoys: what is held, when, and where the peak is.
 
 Columns are phases, rows are categories; the column of the peak is bold and its cells carry a bar.
-Below it stand the budget, the speed and what limits it. Text only: the numbers are `plan.py`'s, and
-rich is imported when something is drawn.
+The host's categories follow where there is more than the process itself. Below stand the budget,
+the speed with what limits it, and hours, energy and rent. It has 80 columns. Text only: the numbers
+are `plan.py`'s, and rich is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -10,33 +11,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nibble.spec.holdings import placement_kind
-from nibble.spec.phases import CATEGORIES
+from nibble.spec.phases import CATEGORIES, HOST_CATEGORIES
 from nibble.spec.plan import Plan
 from nibble.spec.units import GIB, MIB, show_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-BAR_WIDTH = 18
+BAR_WIDTH = 11
+HEADS = {"first step": "first", "steady step": "steady", "evaluation": "eval"}
+"""Phases whose names are long."""
 
 
 def render(plan: Plan) -> RenderableType:
-    """A rich renderable of the plan, about 100 columns wide."""
+    """A rich renderable of the plan, 80 columns wide."""
     from rich.console import Group
     from rich.text import Text
 
-    lines = [
+    return Group(
         Text(_title(plan), style="bold"),
         Text(_counts(plan), style="dim"),
         Text(""),
         _table(plan),
+        Text(""),
         _verdict(plan),
         *(Text(line) for line in speed_lines(plan)),
-    ]
-    return Group(*lines)
+    )
 
 
-def plain(plan: Plan, *, width: int = 110) -> str:
+def plain(plan: Plan, *, width: int = 80) -> str:
     """The same as plain text, for logs and run folders."""
     from io import StringIO
 
@@ -48,31 +51,46 @@ def plain(plan: Plan, *, width: int = 110) -> str:
 
 
 def speed_lines(plan: Plan) -> list[str]:
-    """Tokens, FLOPs and, where the card is known, speed, time and money."""
-    flops = f"{plan.flops_per_step / 1e12:,.1f} TFLOP"
-    lines = [f"A step is at most {plan.tokens_per_step:,} tokens and {flops}."]
+    """Tokens, FLOPs and, where the card is known, speed, time, energy and money."""
+    flops = show_count(plan.flops_per_step)
+    lines = [f"A step: at most {plan.tokens_per_step:,} tokens, {flops}FLOP."]
     if plan.speed is None:
+        missing = "measure it with nibble plan --calibrate"
         if not plan.on_cpu:
-            lines.append("No speed: the card is not named (--gpu rtx4090) or not in the table.")
-        return lines
+            missing = "name a card of the table (--gpu rtx4090), or " + missing
+        return [*lines, f"No speed is planned: {missing}."]
     assert plan.hardware is not None
-    speed = plan.speed
+    speed, tokens = plan.speed, plan.run_tokens
     lines.append(
-        f"About {speed.tokens_per_s:,.0f} tokens/s on {plan.hardware.name} "
-        f"({speed.step_s:.2f} s a step, limited by {speed.limiter}); an estimate, not measured."
+        f"Speed: about {speed.tokens_per_s:,.0f} tokens/s on {plan.hardware.name}, "
+        f"{_seconds(speed.step_s)} a step, limited by {speed.limiter}."
     )
-    cost = speed.cost_usd(1e6)
-    rent = f", ${cost:,.2f} of rent" if cost is not None else ""
-    lines.append(
-        f"A million tokens: {speed.hours(1e6) * 60:,.1f} min, "
-        f"{speed.energy_kwh(1e6):.2f} kWh at most{rent}."
-    )
+    if tokens is not None:
+        lines.append(f"The run: {show_count(tokens)} tokens in {_spent(plan, tokens)}.")
+    else:
+        lines.append(f"Each million tokens: {_spent(plan, 1e6)}.")
     return lines
+
+
+def _spent(plan: Plan, tokens: float) -> str:
+    """Time, energy and rent of so many tokens."""
+    speed = plan.speed
+    assert speed is not None
+    words = [show_duration(speed.hours(tokens))]
+    kwh, usd = speed.energy_kwh(tokens), speed.cost_usd(tokens)
+    if kwh is not None:
+        words.append(f"{kwh:.2g} kWh at most" if kwh < 100 else f"{kwh:,.0f} kWh at most")
+    words.append(f"{show_money(usd)} of rent" if usd is not None else "rent not known")
+    return ", ".join(words)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 
 
 def show_count(number: float) -> str:
     """`10 M`, `1.5 G`: a large count to three digits."""
-    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for unit, name in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.3g}"
@@ -122,26 +140,29 @@ def _table(plan: Plan) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    peak = plan.peak.name
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     name, unit = ("GiB", GIB) if plan.device_bytes >= 4 * GIB else ("MiB", MIB)
-    table.add_column(name)
+    table.add_column(name, no_wrap=True)
     for phase in plan.phases:
-        style = "bold" if phase.name == peak else ""
-        table.add_column(phase.name, justify="right", style=style)
-    table.add_column("at the peak", style="cyan", no_wrap=True)
+        is_peak = phase.name == plan.peak.name
+        head = HEADS.get(phase.name, phase.name)
+        table.add_column(head, justify="right", style="bold" if is_peak else "", no_wrap=True)
+    table.add_column("at peak", style="cyan", no_wrap=True)
     for category, words in CATEGORIES.items():
         cells = [phase.device.get(category, 0) for phase in plan.phases]
         if any(cells):
             table.add_row(words, *(_cell(c, unit) for c in cells), _bar(plan, category))
     table.add_section()
-    table.add_row(
-        "tensors" if plan.on_cpu else "device",
-        *(_cell(p.device_bytes, unit) for p in plan.phases),
-        f"{plan.peak.moment}",
-    )
+    total = "tensors in all" if plan.on_cpu else "card in all"
+    cells = [phase.device_bytes for phase in plan.phases]
+    table.add_row(total, *(_cell(c, unit) for c in cells), "", style="bold")
+    table.add_section()
+    for category, words in HOST_CATEGORIES.items():
+        cells = [phase.host.get(category, 0) for phase in plan.phases]
+        if any(cells):
+            table.add_row(f"host: {words}", *(_cell(c, unit) for c in cells), "", style="dim")
     extra = [p.host_bytes + (p.device_bytes if plan.on_cpu else 0) for p in plan.phases]
-    table.add_row("host", *(_cell(e, unit) for e in extra), "", style="dim")
+    table.add_row("host in all", *(_cell(e, unit) for e in extra), "", style="bold")
     return table
 
 
