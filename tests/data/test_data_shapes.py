@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from nibble.data import IGNORE, Batch
-from nibble.data.shapes import MIN_DOCUMENTS, of_few_shapes
+from nibble.data.shapes import MIN_DOCUMENTS, longest_document, of_few_shapes
 
 
 def packed(lengths: list[list[int]], *, every: int = 1) -> Batch:
@@ -45,6 +45,13 @@ def test_targets_are_bounded_by_eighths() -> None:
         batch = packed([[2048], [2048]], every=every)
         shaped = of_few_shapes(batch)
         assert shaped.num_targets == bound >= batch.num_targets
+
+
+def test_the_longest_document_has_a_bound() -> None:
+    for lengths, bound in (([900, 1148], 2048), ([1024] * 2, 1024), ([100] * 20 + [48], 256)):
+        assert longest_document(packed([lengths])) == bound
+    assert longest_document(packed([[1000, 500]])) == 1024
+    assert longest_document(packed([[1400, 100]])) == 1500
 
 
 def test_few_shapes_serve_many_batches() -> None:

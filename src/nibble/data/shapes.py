@@ -6,6 +6,7 @@ nothing but the batch:
 
     length      of packed rows, to a sixteenth of it: one more document of padding in each row
     documents   to a power of two: the offsets end with empty documents
+    longest     of them to a power of two: a bound that sizes a kernel's launch
     targets     to an eighth of the tokens: a bound; the positions between have none (-100)
 
 The loss is the same, and so are its gradients. Rows that are not packed keep their length, as every
@@ -26,6 +27,7 @@ LENGTH_STEPS = 16
 TARGET_STEPS = 8
 MIN_TARGETS_STEP = 64
 MIN_DOCUMENTS = 16
+LONGEST_STEPS = 8
 
 
 def of_few_shapes(batch: Batch, *, offsets: bool = True) -> Batch:
@@ -46,6 +48,13 @@ def of_few_shapes(batch: Batch, *, offsets: bool = True) -> Batch:
     step = max(MIN_TARGETS_STEP, num_positions // TARGET_STEPS)
     bound = min(num_positions, -(-max(1, batch.num_targets) // step) * step)
     return replace(batch, num_targets=bound)
+
+
+def longest_document(batch: Batch) -> int:
+    """A bound on the longest document, one of few: a power of two, or the rows' length."""
+    length = batch.input_ids.shape[1]
+    longest = max(n for one in batch.doc_lengths for n in one)
+    return min(length, max(_power_of_two(longest), length // LONGEST_STEPS))
 
 
 def _packed(batch: Batch) -> Batch:

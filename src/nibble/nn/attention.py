@@ -20,8 +20,8 @@ masks) goes to transformers' own sdpa functions, which also stay the reference t
 compare with.
 
 Costs: one host read a mask (transformers makes one itself to detect packing), none in the layers on
-CUDA. Not here: soft-capped scores, position biases and sinks; transformers runs those families
-eagerly.
+CUDA; none at all where the caller knows the offsets and gives them as the mask (`offsets_mask`).
+Not here: soft-capped scores, position biases and sinks; transformers runs those families eagerly.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def document_offsets(
     return offsets[:, None].expand(-1, longest)
 
 
-def offsets_mask(offsets: Tensor, *, length: int) -> Tensor:
-    """Offsets int32 [documents + 1] of rows of `length` as an `attention_mask` that transformers
-    hands on without looking at it, a view [documents + 1, 1, 1, length].
+def offsets_mask(offsets: Tensor, *, longest: int) -> Tensor:
+    """Offsets int32 [documents + 1] of documents of at most `longest` tokens as an `attention_mask`
+    that transformers hands on without looking at it, a view [documents + 1, 1, 1, longest].
 
-    A single offset says that every row is one document.
+    Documents may be empty. A single offset says that every row is one document.
     """
-    return offsets.view(-1, 1, 1, 1).expand(-1, 1, 1, length)
+    return offsets.view(-1, 1, 1, 1).expand(-1, 1, 1, longest)
 
 
 def is_offsets(mask: Tensor | None) -> bool:

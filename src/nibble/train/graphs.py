@@ -4,10 +4,10 @@
                         third time              recorded, and replayed
                         from then on            inputs copied to where they were, replayed
 
-What a shape is: the sizes and types of a batch's tensors and the bound on its targets, brought to
-few (data/shapes.py). MAX_GRAPHS shapes are recorded; others stay eager. Forward, loss and backward
-are one graph (place/graphs.py); clipping, the optimiser, sums over processes and everything else
-stay outside, as they are.
+What a shape is: the sizes and types of a batch's tensors and bounds on its targets and documents,
+brought to few (data/shapes.py). MAX_GRAPHS shapes are recorded; others stay eager. Forward, loss
+and backward are one graph (place/graphs.py); clipping, the optimiser, sums over processes and
+everything else stay outside, as they are.
 
 What a recorded pass reads and writes keeps its address: copies of the batch, the number of targets
 of the step and the loss scale (tensors, so that they may change), the loss, and the gradients,
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.data import Batch
-from nibble.data.shapes import of_few_shapes
+from nibble.data.shapes import longest_document, of_few_shapes
 from nibble.nn.attention import PACKED, attention_name
 from nibble.place.base import Placement
 from nibble.place.graphs import NotRecordedError, Observed, Recorder, recorder_of
@@ -45,7 +45,7 @@ from nibble.spec.units import show_bytes
 
 NUM_WARMUP = 2
 """Eager passes of a shape; the last of them is observed."""
-MAX_GRAPHS = 4
+MAX_GRAPHS = 8
 HOST_SHARE = 0.75
 """`auto`: of the device's time, what the host must need for a recording to pay."""
 MAX_GRAD_BYTES = 1 << 30
@@ -339,7 +339,8 @@ def passes_of(
 def signature(batch: Batch) -> tuple[object, ...]:
     """What two batches have in common that one graph may serve."""
     sizes = [(name, tuple(t.shape), t.dtype) for name, t in _named_tensors(batch)]
-    return (batch.num_targets, *sizes)
+    longest = 0 if batch.offsets is None else longest_document(batch)
+    return (batch.num_targets, longest, *sizes)
 
 
 def _named_tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:

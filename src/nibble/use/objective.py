@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.data import Batch
+from nibble.data.shapes import longest_document
 from nibble.models import Family
 from nibble.nn.attention import offsets_mask
 from nibble.nn.loss import causal_lm_loss, classification_loss, full_logits_loss
@@ -73,8 +74,8 @@ def call(module: nn.Module, batch: Batch, family: Family) -> Any:
     if batch.attention_mask is not None and is_classification:
         words["attention_mask"] = batch.attention_mask
     if batch.offsets is not None:
-        length = batch.input_ids.shape[1]
-        words["attention_mask"] = offsets_mask(batch.offsets, length=length)
+        longest = longest_document(batch)
+        words["attention_mask"] = offsets_mask(batch.offsets, longest=longest)
     if batch.position_ids is not None:
         assert family.can_pack, "packed rows need a family that keeps documents apart"
         words["position_ids"] = batch.position_ids
