@@ -4,13 +4,16 @@
 
 refresh   seconds to make all 224 bases anew at once, and the longest step when they are staggered
 update    milliseconds of one optimiser step over all 6.7 G parameters, steady, no refresh in it
-step      tokens/s of nibble's own training step, 16x256 under a cap of 23.5 GiB, refreshes counted,
-          and galore_torch's layer-wise training of the same model without its refreshes
-small     the same under 15.5 GiB (bf16 weights, 1x2048) and 11.5 GiB (INT8 weights, Q-GaLore)
+step      tokens/s of nibble's own training step of LLaMA-7B, 16x256 under caps of 23.5 and 19 GiB,
+          refreshes counted, and galore_torch's layer-wise training without its refreshes
+small     the same at 8x256 under 15.5 GiB (bf16 weights) and 11.5 GiB (INT8 weights)
 
-Random weights and gradients; what counts is shapes. `--rows` runs the rows of update, step or small
-whose name contains a WORD. `--tiny` takes a small model and runs on a CPU. One JSON line a row and
-a table at the end; a row that does not fit says so. `key=value` changes the recipes of step, small.
+Random weights and gradients; what counts is shapes. `--rows` runs the rows whose name contains a
+WORD. `--tiny` takes a small model and runs on a CPU. `key=value` changes the recipes of step and
+small. Every part, and every row of step and small, has a process of its own, so that one that does
+not fit spoils nothing; the allocator's segments grow unless PYTORCH_CUDA_ALLOC_CONF says otherwise.
+One JSON line a row, with GiB by phase (the peak within it, allocated and reserved after it), and a
+table at the end; a row that does not fit says in which phase.
 """
 
 from __future__ import annotations
@@ -18,15 +21,20 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 from galore_peers import Make, Named, peer_rows, svd_refresh_s
-from galore_steps import step_rows
+from galore_steps import ROWS, step_row
 from kernel_times import kernel_times
 from torch import Tensor, nn
 
@@ -36,7 +44,10 @@ from nibble.spec.units import GIB
 
 PARTS = ("refresh", "update", "step", "small")
 OURS = (("fp32", False), ("bf16", False), ("8bit", False), ("8bit", True), ("bf16", True))
-TABLE = ("row", "ms", "ratio", "seconds", "tokens_per_s", "state_gib", "peak_gib", "reserved_gib")
+TABLE = (
+    *("row", "ms", "host_ms", "ratio", "seconds", "tokens_per_s"),
+    *("state_gib", "peak_gib", "reserved_gib", "out_of_memory"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +101,47 @@ class Set:
 
 def main() -> None:
     options = _options()
+    if options.one is None:
+        _table([row for job in _jobs(options) for row in _in_own_process(job)])
+        return
+    # No process but this one may touch the device: the parent never asks for it.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    part, _, name = options.one.partition(": ")
+    if part in ROWS:
+        row = next(row for row in ROWS[part] if row.name == name)
+        if (found := step_row(part, row, options, device=device)) is not None:
+            _say(**found)
+        return
     shape = TINY if options.tiny else LLAMA_7B
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    _say(bench="galore", device=name, torch=torch.__version__, rank=shape.rank, gap=shape.gap)
-    rows: list[dict[str, Any]] = []
-    if {"refresh", "update"} & set(options.parts):
-        tensors = _set(shape, device=device)
-        if "refresh" in options.parts:
-            rows += _kept(_refreshes(tensors, device, options))
-        if "update" in options.parts:
-            rows += _kept(_updates(tensors, device, options))
-        del tensors
-        _reset(device)
-    for part in ("step", "small"):
-        if part in options.parts:
-            rows += _kept(step_rows(part, options, device=device))
-    _table(rows)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    _say(bench="galore", device=card, torch=torch.__version__, rank=shape.rank, gap=shape.gap)
+    make = _refreshes if part == "refresh" else _updates
+    for found in make(_set(shape, device=device), device, options):
+        _say(**found)
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[str]:
+    """What gets a process: parts, and rows of step and small."""
+    for part in options.parts:
+        if part not in ROWS:
+            yield part
+            continue
+        yield from (f"{part}: {row.name}" for row in ROWS[part] if wanted(options, row.name))
+
+
+def _in_own_process(job: str) -> Iterator[dict[str, Any]]:
+    """The rows that another process with the same options prints, as they come."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", job]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("{") and "row" in (found := json.loads(line)):
+                yield found
+    if process.returncode != 0:
+        failed = {"row": job, "failed": process.returncode}
+        _say(**failed)
+        yield failed
 
 
 def _options() -> argparse.Namespace:
@@ -114,7 +149,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="PART or key=value")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed of an update")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help="device time by kernel, our rows")
     options = parser.parse_intermixed_args()
     options.parts = [word for word in options.words if "=" not in word] or list(PARTS)
@@ -190,7 +226,8 @@ def _refreshes(
     ours = _refresh(tensors, device)
     yield ours
     _reset(device)
-    yield _staggered(tensors, device)
+    if wanted(options, "staggered"):
+        yield _staggered(tensors, device)
     if not wanted(options, "SVD"):
         return
     shapes = [(param.shape[0], param.shape[1]) for param in tensors.projected]
@@ -405,15 +442,6 @@ def _reset(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _kept(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, each printed as it comes."""
-    kept = []
-    for row in rows:
-        _say(**row)
-        kept.append(row)
-    return kept
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

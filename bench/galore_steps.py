@@ -8,12 +8,10 @@ are timed once all matrices have left their random first bases, so each has its 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from nibble.place.activations import Activations
 from nibble.place.single import Single, one_device
 from nibble.spec.config import Recipe
 from nibble.spec.units import GIB
+from nibble.train.loop import _Run
 from nibble.train.state import seed_everything
 from nibble.use.assemble import Assembly
 
@@ -69,10 +68,16 @@ ROWS = {
             optim={**GALORE, **NOW},
         ),
         Row(
-            name="nibble galore8bit in backward, int8 bases, offload",
+            name="nibble galore8bit in backward, int8 bases, 19 GiB",
             cap="19GiB",
             batch=(16, 256),
             optim={**GALORE, **NOW, "basis_storage": "int8"},
+        ),
+        Row(
+            name="nibble galore8bit in backward, offload, 19 GiB",
+            cap="19GiB",
+            batch=(16, 256),
+            optim={**GALORE, **NOW},
             train={"activation_offload": True},
         ),
         Row(
@@ -127,30 +132,89 @@ ROWS = {
 }
 
 
-def step_rows(
-    part: str, options: argparse.Namespace, *, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """The rows of `step` or `small`, one after the other."""
-    for row in ROWS[part]:
-        if options.chosen and not any(word in row.name for word in options.chosen):
-            continue
-        if row.peer and not (has("galore_torch") and has("bitsandbytes") and device.type == "cuda"):
-            continue
-        about = {
-            "row": f"{part}: {row.name}",
-            "cap": row.cap,
-            "batch": "x".join(map(str, row.batch)),
+def step_row(
+    part: str, row: Row, options: argparse.Namespace, *, device: torch.device
+) -> dict[str, Any] | None:
+    """What one row gives; None for a peer that is not installed."""
+    if row.peer and not (has("galore_torch") and has("bitsandbytes") and device.type == "cuda"):
+        return None
+    phases = Phases(device)
+    about = {
+        "row": f"{part}: {row.name}",
+        "cap": row.cap,
+        "batch": "x".join(map(str, row.batch)),
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+    }
+    try:
+        return about | _measured(row, options, phases)
+    except torch.OutOfMemoryError as error:
+        words = str(error).split(". ")[0]
+        return about | {"out_of_memory": f"in {phases.now}: {words}", "phases": phases.rows()}
+
+
+class Phases:
+    """Memory by phase of a step: the most within it, and what is held after it.
+
+    The device's statistics begin anew with every phase; the most of all is kept here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.now = "build"
+        self.found: dict[str, list[int]] = {}
+
+    def end(self, then: str) -> None:
+        """The present phase is over, and `then` begins."""
+        if self.on_gpu:
+            seen = [
+                torch.cuda.max_memory_allocated(),
+                torch.cuda.memory_allocated(),
+                torch.cuda.max_memory_reserved(),
+            ]
+            before = self.found.get(self.now, [0, 0, 0])
+            # The most within, over all steps; what is held after the last.
+            most = [max(one, other) for one, other in zip(before, seen, strict=True)]
+            self.found[self.now] = [most[0], seen[1], most[2]]
+            torch.cuda.reset_peak_memory_stats()
+        self.now = then
+
+    def rows(self) -> dict[str, list[float]]:
+        """Phase: GiB at its peak, allocated after it, reserved."""
+        self.end(self.now)
+        return {
+            name: [round(number / GIB, 2) for number in numbers]
+            for name, numbers in self.found.items()
         }
-        try:
-            yield about | _measured(row, options)
-        except torch.OutOfMemoryError:
-            yield about | {"out_of_memory": True}
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    def most(self) -> tuple[float, float]:
+        """GiB allocated and reserved at the most."""
+        rows = list(self.rows().values()) or [[0.0, 0.0, 0.0]]
+        return max(row[0] for row in rows), max(row[2] for row in rows)
+
+    def watch_(self, run: _Run) -> None:
+        """Let forward, backward and update of a run's steps end phases."""
+        objective, clip, update = run.objective, run.place.clip_, run.state.optimizer.step
+
+        def forward(*words: Any) -> Any:
+            loss = objective(*words)
+            self.end("backward")
+            return loss
+
+        def clipped(*words: Any) -> Any:
+            self.end("clip")
+            return clip(*words)
+
+        def updated() -> None:
+            self.end("update")
+            update()
+            self.end("after")
+
+        run.objective = forward
+        run.place.clip_ = clipped  # type: ignore[method-assign]
+        run.state.optimizer.step = updated  # type: ignore[assignment,method-assign]
 
 
-def _measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+def _measured(row: Row, options: argparse.Namespace, phases: Phases) -> dict[str, Any]:
     sizes = TINY if options.tiny else SEVEN
     batch = (2, 16) if options.tiny else row.batch
     with tempfile.TemporaryDirectory() as name:
@@ -166,7 +230,7 @@ def _measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
         place.reset_memory()
-        return (_peer if row.peer else _ours)(row, recipe, place, folder, batch, options)
+        return (_peer if row.peer else _ours)(row, recipe, place, folder, batch, options, phases)
 
 
 def _recipe(row: Row, folder: Path, options: argparse.Namespace) -> Recipe:
@@ -200,6 +264,7 @@ def _ours(
     folder: Path,
     batch: tuple[int, int],
     options: argparse.Namespace,
+    phases: Phases,
 ) -> dict[str, Any]:
     """tokens/s of nibble's loop, all refreshes counted."""
     assembly = _int8_built(recipe, place) if row.int8 else _built(recipe, place)[0]
@@ -214,14 +279,17 @@ def _ours(
     vocabulary = assembly.built.config.vocab_size
     steps = RandomSteps(vocabulary=vocabulary, rows=batch[0], length=batch[1])
     static_gib = _allocated(place)
+    phases.watch_(run)
     times_s, loss = [], 0.0
-    for number in range(NUM_FIRST_STEPS + (2 if options.tiny else 20)):
+    for number in range(NUM_FIRST_STEPS + (2 if options.tiny else options.steps)):
+        phases.end("forward")
         start = _now(place)
         loss = float(run.step(next(steps)).loss)
         spent_s = _now(place) - start
         if number >= NUM_FIRST_STEPS:
             times_s.append(spent_s)
-    found = _said(times_s, batch, place) | {"static_gib": static_gib, "loss": round(loss, 3)}
+    found = _said(times_s, batch, phases)
+    found |= {"static_gib": static_gib, "loss": round(loss, 3), "phases": phases.rows()}
     if options.profile:
         found["profile"] = kernel_times(lambda: run.step(next(steps)), device=place.device)
     return found
@@ -234,6 +302,7 @@ def _peer(
     folder: Path,
     batch: tuple[int, int],
     options: argparse.Namespace,
+    phases: Phases,
 ) -> dict[str, Any]:
     """tokens/s of transformers' model with galore_torch's 8-bit optimisers in backward."""
     assembly = _built(recipe, place)[0]
@@ -259,20 +328,20 @@ def _peer(
         spent_s = _now(place) - start
         if number >= 3:
             times_s.append(spent_s)
-    return _said(times_s, batch, place) | {"loss": round(loss, 3)}
+    return _said(times_s, batch, phases) | {"loss": round(loss, 3)}
 
 
-def _said(times_s: list[float], batch: tuple[int, int], place: Single) -> dict[str, Any]:
+def _said(times_s: list[float], batch: tuple[int, int], phases: Phases) -> dict[str, Any]:
     """Throughput over all timed steps together, not their median: refreshes count."""
-    memory = place.memory()
+    allocated_gib, reserved_gib = phases.most()
     return {
         "tokens_per_s": round(batch[0] * batch[1] * len(times_s) / sum(times_s), 1),
         "ms": round(sum(times_s) / len(times_s) * 1e3, 1),
         "median_ms": round(statistics.median(times_s) * 1e3, 1),
         "max_ms": round(max(times_s) * 1e3, 1),
         "num_steps": len(times_s),
-        "peak_gib": round(memory.allocated_bytes / GIB, 2),
-        "reserved_gib": round(memory.reserved_bytes / GIB, 2),
+        "peak_gib": allocated_gib,
+        "reserved_gib": reserved_gib,
     }
 
 
