@@ -64,7 +64,7 @@ def test_full_training_of_a_7b_does_not_fit_and_qlora_does(rows: list[Row]) -> N
     assert not by_key["full"].fits and by_key["qlora"].fits and by_key["streamed"].fits
     order = ["full", "galore", "q-galore"]
     held = [by_key[key].plan.device_bytes for key in order]  # type: ignore[union-attr]
-    assert held == sorted(held, reverse=True)
+    assert held[0] > max(held[1:]), "what is left of the card may hold more activations"
 
 
 def test_updates_are_of_the_same_rows_where_passes_add_up(rows: list[Row]) -> None:

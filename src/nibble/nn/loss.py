@@ -152,6 +152,7 @@ class _FusedLoss(torch.autograd.Function):
                     kept[part] = grad
                 if grad_weight is not None:
                     grad_weight += grad.T @ rows[part]
+                del grad  # or two chunks' logits would be alive while the next are made
         ctx.save_for_backward(
             grad_rows, grad_weight, grad_bias, kept, None if kept is None else rows
         )

@@ -66,6 +66,8 @@ class Work:
     fused: bool = False
     """The blocks of a family in `FAST_PATHS` take them."""
     mlp_tile_tokens: int | None = None
+    grows: bool = False
+    """Gradients of weights come with backward and stay until the step."""
 
     @property
     def tiled(self) -> bool:
@@ -117,7 +119,7 @@ def kept_outside(shape: Architecture, work: Work) -> dict[str, int]:
         kept["last norm"] = _norm(shape, work, hidden)
     if shape.embedding_norm and (work.everything or work.embedding_trained):
         kept["embedding norm"] = _norm(shape, work, hidden)
-    kept["rows of the loss and their gradient"] = 2 * e * tokens * hidden
+    kept["rows of the loss and their gradient"] = 3 * e * tokens * hidden  # and where they lay
     return kept
 
 
@@ -137,17 +139,48 @@ def attention_output_bytes(shape: Architecture, work: Work) -> int:
 
 
 def backward_bytes(shape: Architecture, work: Work, *, block: int) -> int:
-    """The most that a block's backward holds: what it keeps, and the largest of its operations.
+    """The most that a block's backward holds: what it keeps, the largest of its operations, and
+    the gradients of its own weights that have come by then (`work.grows`).
 
-    The feed-forward layer comes first, while all is kept; attention when what the layer kept is
-    gone. Each holds the gradient that comes in and the one that it makes.
+    The feed-forward layer comes first, while all is kept: its inner gradient and the last linear's;
+    then, without what waited for that, those of the others. Attention follows when what the layer
+    kept is gone. Each holds the gradient that comes in and the one that it makes.
     """
     kept = kept_by_block(shape, work, block=block)
     all_of_it = sum(kept.values())
     mlp = sum(kept.get(name, 0) for name in MLP_PARTS)
     passing = 2 * input_bytes(shape, work)
+    weights = _weight_gradients(shape, work, block)
+    inner = kept.get("input of MLP output", 0)
     first = all_of_it + max(_mlp_workspace(shape, work), _norm_workspace(shape, work))
-    return max(first, all_of_it - mlp + _attention_workspace(shape, work)) + passing
+    second = all_of_it - inner + weights["MLP output"] + weights["MLP input"]
+    third = all_of_it - mlp + _attention_workspace(shape, work)
+    if not work.grows:
+        second = 0
+    return (
+        max(
+            first + weights["MLP output"],
+            second,
+            third + weights["MLP output"] + weights["MLP input"] + weights["attention output"],
+        )
+        + passing
+    )
+
+
+def _weight_gradients(shape: Architecture, work: Work, block: int) -> dict[str, int]:
+    """Gradients of a block's linears, by what they read; 0 where they are not trained at all or do
+    not stay until the step."""
+    found = dict.fromkeys(
+        ("MLP input", "MLP output", "attention input", "attention output", "experts"), 0
+    )
+    if not work.grows or not (work.everything or block in work.trained_blocks):
+        return found
+    for parameter in shape.parameters:
+        if parameter.block == block and parameter.kind in ("linear", "expert"):
+            name = "experts" if parameter.kind == "expert" else role(parameter)
+            found[name] += parameter.size * work.element
+    found["MLP input"] += found["experts"]
+    return found
 
 
 MLP_PARTS = ("MLP", "router", "experts", "input of MLP input", "input of MLP output")
@@ -189,7 +222,8 @@ def forward_bytes(shape: Architecture, work: Work) -> int:
     attention = e * sizes.head_dim * (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * tokens
     if not stores_no_scores(shape, work):
         attention += (4 + e) * sizes.num_heads * work.row_length * tokens
-    return max(mlp, attention, 2 * 4 * sizes.hidden * tokens) + 2 * e * sizes.hidden * tokens
+    # The block's input, the embedding's output, the residual sum and the normalised input.
+    return max(mlp, attention, 2 * 4 * sizes.hidden * tokens) + 4 * e * sizes.hidden * tokens
 
 
 @lru_cache(maxsize=256)

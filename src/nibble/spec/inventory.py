@@ -26,6 +26,7 @@ from nibble.spec.config import Adapter, Recipe
 from nibble.spec.formats import DTYPE_BYTES, FormatSpec, TensorSpec, format_spec
 from nibble.spec.learning import learning
 from nibble.spec.names import covers, meets
+from nibble.spec.workspace import packing_bytes, update_bytes
 
 COMPUTE_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -68,6 +69,15 @@ class Inventory:
     largest_tensor: int
     embedding_trained: bool
     head_trained: bool
+
+    head_element: int | None
+    """Bytes of a number of the head, where it is trained."""
+    head_gradient_bytes: int
+    embedding_gradient_bytes: int
+    packing_bytes: int
+    """Beside the model, while its largest matrix is packed."""
+    update_bytes: int
+    """Beside all else, while the step is taken."""
 
     @cached_property
     def largest_trained_bytes(self) -> int:
@@ -127,6 +137,15 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
     for name, nbytes in costs.weights.items():
         learnt[block_of[name]] += nbytes
     sizes = [p.size for p in architecture.parameters]
+    by_kind = {
+        kind: [trained[p.name] for p in model.parameters if p.kind == kind and p.name in trained]
+        for kind in ("embedding", "head")
+    }
+    heads = by_kind["embedding" if model.tied else "head"]
+    head = max(heads, key=lambda tensor: tensor.nbytes, default=None)
+    largest = max(
+        (p.matrix for p in architecture.parameters if p.name in packed), key=prod, default=None
+    )
     return Inventory(
         architecture=model,
         spec=spec,
@@ -147,12 +166,15 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         trained_blocks=added,
         adapted=frozenset(adapted),
         num_adapter=num_adapter,
-        largest_packed=max(
-            (p.size for p in architecture.parameters if p.name in packed), default=0
-        ),
+        largest_packed=0 if largest is None else prod(largest),
         largest_tensor=max(sizes, default=0),
         embedding_trained="embedding" in names_trained,
-        head_trained="head" in names_trained or (model.tied and "embedding" in names_trained),
+        head_trained=head is not None,
+        head_element=None if head is None else DTYPE_BYTES[head.dtype],
+        head_gradient_bytes=0 if head is None else head.nbytes,
+        embedding_gradient_bytes=max((t.nbytes for t in by_kind["embedding"]), default=0),
+        packing_bytes=packing_bytes(spec, largest),
+        update_bytes=update_bytes(recipe.optim, trained.values()),
     )
 
 

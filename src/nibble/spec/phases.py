@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nibble.spec.activations import FAST_PATHS, Work, forward_bytes, kept_outside
+from nibble.spec.activations import FAST_PATHS, Work, forward_bytes, input_bytes, kept_outside
 from nibble.spec.arch import Architecture
 from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
@@ -21,6 +21,7 @@ from nibble.spec.formats import DTYPE_BYTES
 from nibble.spec.holdings import Holding
 from nibble.spec.inventory import COMPUTE_DTYPE, Inventory
 from nibble.spec.units import GIB
+from nibble.spec.workspace import Loss, loss_bytes
 
 CATEGORIES: dict[str, str] = {
     "base_codes": "base: codes",
@@ -59,12 +60,8 @@ ALLOCATOR_SHARE = 0.12
 much."""
 PROCESS_BYTES = int(1.6 * GIB)
 """Resident size of Python with torch and transformers imported."""
-PACK_CHUNK_WEIGHTS, PACK_BYTES_PER_WEIGHT = 1 << 24, 16
-"""Packing goes by chunks of at most this many weights; each takes fp32 copies and codes."""
 MERGE_BYTES_PER_WEIGHT = 14
 """A matrix in fp32, its update, their sum, and what is written (`nn/adapters.py`)."""
-UPDATE_BYTES_PER_WEIGHT = 12
-"""fp32 steps of an update, for the largest trained tensor only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +106,7 @@ def work_of(recipe: Recipe, stock: Inventory) -> Work:
         packed_rows=recipe.data.packing,
         fused=train.fused_kernels and stock.architecture.model_type in FAST_PATHS,
         mlp_tile_tokens=train.mlp_tile_tokens,
+        grows=train.gradient_accumulation_steps == 1 and not recipe.optim.layerwise,
     )
 
 
@@ -124,9 +122,12 @@ class Pass:
     copies: int
     """Of adapters, in the type that the model computes in."""
     forward: int
+    row: int
+    """Hidden states of all tokens, once."""
+    grows: bool
+    """The gradients of a block that is trained are among what its backward holds."""
     dequantised: int
-    logits_training: int
-    logits_evaluation: int
+    loss: Loss
 
     @staticmethod
     def of(recipe: Recipe, stock: Inventory, work: Work) -> Pass:
@@ -134,23 +135,22 @@ class Pass:
         around = kept_outside(shape, work)
         is_lora = recipe.adapter.kind == "lora" and recipe.train.adapter_precision != "bf16"
         narrow = is_lora and work.fused and work.element < 4
-        chunk = min(recipe.train.loss_chunk_tokens, work.tokens)
-        is_lm = shape.head_size > 0
-        vocabulary = shape.sizes.vocab if is_lm else 0
-        # A trained head's gradient is summed in fp32 while the chunks go by.
-        head = shape.head_size * (4 + work.element) if stock.head_trained else 0
-        logits = chunk * vocabulary * (8 + work.element)
-        if shape.encoder and is_lm:
-            logits = work.tokens * vocabulary * (8 + work.element)  # made by the model, in full
         return Pass(
             blocks=keeping(shape, work, recipe.train),
             outside=sum(around.values()),
             throughout=around["rotary angles"] + around["ids"],
             copies=stock.num_adapter * work.element if narrow else 0,
             forward=forward_bytes(shape, work),
+            row=input_bytes(shape, work),
+            grows=work.grows and work.everything,
             dequantised=stock.largest_packed * work.element,
-            logits_training=logits + head,
-            logits_evaluation=logits,
+            loss=loss_bytes(
+                shape,
+                work,
+                chunk_tokens=recipe.train.loss_chunk_tokens,
+                head_element=stock.head_element,
+                keeps=recipe.train.precision != "fp16",
+            ),
         )
 
 
@@ -216,21 +216,19 @@ _Moments = dict[str, dict[str, int]]
 def _load_moments(run: Run) -> _Moments:
     """The last tensor arrives in 16 bit while all the others are there, and is packed by chunks."""
     stock = run.stock
-    chunk = min(stock.largest_packed, PACK_CHUNK_WEIGHTS) * PACK_BYTES_PER_WEIGHT
-    return {"packing the largest matrix": {"dequantised": 2 * stock.largest_packed + chunk}}
+    return {"packing the largest matrix": {"dequantised": stock.packing_bytes}}
 
 
 def _step_moments(run: Run) -> _Moments:
-    """The loss, the first and the last block of backward, the update.
+    """The loss, the head's gradient, the first and the last block of backward, the embedding's
+    gradient, the update.
 
     Gradients exist throughout when several passes are accumulated; with one pass they grow while
     activations go, so the two are never whole at once.
     """
-    recipe, stock, seen = run.recipe, run.stock, run.seen
-    gradients = run.held.gradients
-    before = gradients if recipe.train.gradient_accumulation_steps > 1 else 0
-    largest = stock.largest_trained_bytes // 2
-    blocks, always = seen.blocks, seen.throughout + seen.copies
+    stock, seen, blocks = run.stock, run.seen, run.seen.blocks
+    always, row = seen.throughout + seen.copies, seen.row
+    grown = _gradients(run)
 
     def backward(workspace: int) -> dict[str, int]:
         return {
@@ -241,34 +239,86 @@ def _step_moments(run: Run) -> _Moments:
     moments = {
         "the loss": {
             "activations_kept": seen.outside + seen.copies + blocks.forward_ends,
-            "logits": seen.logits_training,
-            "gradients": before,
+            "logits": seen.loss.chunk + seen.loss.head + seen.loss.head_copy + seen.loss.head_step,
+            "gradients": grown.before,
+        },
+        "a block's forward": {
+            "activations_kept": always + blocks.forward_ends,
+            "activation_workspace": seen.forward if blocks.num_again == blocks.num_blocks else 0,
+            "dequantised": seen.dequantised,
+            "gradients": grown.before,
         },
     }
+    if seen.loss.head:
+        moments["the head's gradient"] = {
+            "activations_kept": always + blocks.forward_ends + 4 * row,
+            "logits": seen.loss.head,
+            "activation_workspace": stock.head_gradient_bytes,
+            "gradients": grown.before,
+        }
     if blocks.num_again < blocks.num_blocks:
         moments["backward begins"] = {
             "activations_kept": always + blocks.forward_ends,
-            "gradients": before,
+            "gradients": grown.head,
             **backward(blocks.kept_backward),
         }
     if blocks.num_again:
         moments["the first block computed again"] = {
             "activations_kept": always + blocks.again,
-            "gradients": before,
+            "gradients": grown.kept,
             **backward(blocks.again_backward),
         }
     return moments | {
         "backward ends": {
             "activations_kept": always + blocks.first_block,
-            "gradients": gradients,
+            "gradients": grown.first_block,
             **backward(blocks.again_backward or blocks.kept_backward),
         },
+        "the embedding's gradient": {
+            "activations_kept": always + row,
+            "gradients": run.held.gradients,
+            "activation_workspace": grown.embedding,
+        },
         "the update": {
-            "gradients": gradients,
+            "gradients": run.held.gradients,
             "optimizer_state": run.held.optimizer_state,
-            "activation_workspace": largest * UPDATE_BYTES_PER_WEIGHT,
+            "activation_workspace": stock.update_bytes,
         },
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradients:
+    """Bytes of gradients `before` backward, behind the `head`, behind the blocks that `kept` all,
+    and when it comes to the `first_block`; `embedding`: on top of all of them at the end."""
+
+    before: int
+    head: int
+    kept: int
+    first_block: int
+    embedding: int
+
+
+def _gradients(run: Run) -> _Gradients:
+    stock, whole, blocks = run.stock, run.held.gradients, run.seen.blocks
+    if run.recipe.train.gradient_accumulation_steps > 1:
+        twice = max(stock.embedding_gradient_bytes, 0)
+        return _Gradients(before=whole, head=whole, kept=whole, first_block=whole, embedding=twice)
+    share = whole / max(1, stock.gradient_bytes)
+    tied = stock.embedding_trained and stock.architecture.tied
+    embedding = 0 if tied else stock.embedding_gradient_bytes
+    head = stock.head_gradient_bytes if stock.gradient_bytes >= stock.head_gradient_bytes else 0
+    of_blocks = max(0, stock.gradient_bytes - head - embedding)
+    each = of_blocks / max(1, blocks.num_blocks)
+    done = blocks.num_blocks - blocks.num_again
+    first = head + (of_blocks - each if run.seen.grows else of_blocks)
+    return _Gradients(
+        before=0,
+        head=int(share * head),
+        kept=int(share * (head + done * each)),
+        first_block=int(share * first),
+        embedding=stock.embedding_gradient_bytes if tied else 0,
+    )
 
 
 def _evaluation_moments(run: Run) -> _Moments:
@@ -276,7 +326,10 @@ def _evaluation_moments(run: Run) -> _Moments:
     seen = run.seen
     return {
         "a block": {"activation_workspace": seen.forward, "dequantised": seen.dequantised},
-        "the loss": {"activations_kept": seen.outside, "logits": seen.logits_evaluation},
+        "the loss": {
+            "activations_kept": seen.outside,
+            "logits": seen.loss.chunk_evaluation + seen.loss.head_copy,
+        },
     }
 
 
@@ -324,6 +377,6 @@ def _merge_moments(run: Run) -> _Moments:
             "moving": max(block, dense),
             "activations_kept": seen.outside,
             "activation_workspace": seen.forward,
-            "logits": seen.logits_evaluation,
+            "logits": seen.loss.chunk_evaluation + seen.loss.head_copy,
         },
     }
