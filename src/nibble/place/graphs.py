@@ -38,7 +38,8 @@ from nibble.place.single import Single
 T = TypeVar("T")
 SPARE_BYTES = 256 << 20
 """Temporaries of an optimiser's step (optim/batches.py)."""
-WAITS = "called a synchronizing CUDA operation"
+WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "debug mode is a prototype"
+"""What torch's debug mode says, of an operation and of itself."""
 
 
 class NotRecordedError(Exception):
@@ -111,7 +112,7 @@ class CudaRecorder:
         for warning in told:
             if WAITS in str(warning.message):
                 waits = waits or f"{_short(warning.filename)}:{warning.lineno}"
-            else:
+            elif PROTOTYPE not in str(warning.message):
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
