@@ -499,7 +499,7 @@ def test_cost_needs_a_price() -> None:
 
 def test_the_table_says_all_of_it() -> None:
     made = plan(
-        recipe(**QLORA, place={"vram": "6GiB"}),
+        recipe(**QLORA, place={"vram": "5.5GiB"}),
         architecture=from_config(LLAMA_8B),
         hardware=hardware("h200"),
     )
