@@ -3,16 +3,21 @@
     python bench/step.py CASE [--batches ROWSxTOKENS,...] [--fused on|off|both] [--profile]
                          [key=value ...]
     python bench/step.py llama3-8b --batches 1x2048,4x2048 --profile train.adapter_precision=bf16
+    python bench/step.py llama3-8b --batches 4xpacked --packed rows.npz + llama3-8b
 
 CASE: llama3-8b (QLoRA: nf4, r=16 on all linears), bloom-7b1 (LLM.int8, r=8 on query_key_value),
-tiny-llama, tiny-bloom (for a CPU). key=value changes the case's recipe; --fused both prints rows of
-transformers' own layers and of the fast paths. What is timed is what
+tiny-llama, tiny-bloom (for a CPU). key=value changes the case's recipe, section={key: value} takes
+the place of a section; --fused both prints rows of transformers' own layers and of the fast paths.
+`train.keep_blocks=auto` is decided for each batch size. `4xpacked` are rows of real documents, made
+by packed_rows.py. A `+` begins another measurement in the same process. bench/beside.py runs other
+stacks on the same work. What is timed is what
 `nibble train` runs: the loop's step with its objective, clipping, optimiser and schedule, its model
 put together and filled by the same functions, batches of fresh random tokens copied from the host.
 
 One JSON line for each batch size: tokens/s of the median of 5 synchronised steps after 3, `host_ms`
 (until the host had launched all; close to `step_ms` the step is bound by launches), peak GiB
-allocated and reserved since before the first step, and what the plan said. With --profile a second
+allocated and reserved since before the first step, what the plan said, and (Llamas) HFU, counted
+by flops.py. With --profile a second
 line: device time of one step by kind of kernel. The first line says what was built, and where.
 """
 
@@ -24,9 +29,10 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,21 +41,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import yaml
+from flops import shares, step_flops
 from kernel_times import kernel_times
+from packed_rows import micro_batches, tokens_a_row
 from random_model import CASES, assemble_random, write_config
 
 from nibble import optim
 from nibble.data import Batch
 from nibble.errors import ConfigError
+from nibble.nn.attention import PACKED, attention_name
 from nibble.place.activations import Activations
 from nibble.place.base import Placement
 from nibble.place.single import one_device
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
+from nibble.spec.decide import decide
 from nibble.spec.graphs import wish
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
-from nibble.spec.units import GIB
+from nibble.spec.units import GIB, parse_bytes
 from nibble.train.checkpoint import Checkpoints
 from nibble.train.folder import gather_versions
 from nibble.train.interrupt import Interrupt
@@ -98,20 +108,94 @@ class RandomSteps:
         del state
 
 
+class PackedSteps(RandomSteps):
+    """Steps of one micro-batch of real documents, packed: the same ones in every run."""
+
+    def __init__(self, path: str, *, rows: int) -> None:
+        self.source = micro_batches(path, rows=rows)
+        self.shape = (rows, int(next(micro_batches(path, rows=1)).ids.shape[1]))
+
+    def __next__(self) -> list[Batch]:
+        some = next(self.source)
+        labels = torch.from_numpy(some.labels).roll(-1, dims=1)
+        labels[:, -1] = IGNORE
+        return [
+            Batch(
+                input_ids=torch.from_numpy(some.ids),
+                labels=labels,
+                position_ids=torch.from_numpy(some.positions),
+                attention_mask=None,
+                num_targets=int((labels != IGNORE).sum()),
+                num_tokens=some.num_tokens,
+                doc_lengths=some.doc_lengths,
+            )
+        ]
+
+
 def main() -> None:
-    options = _options()
+    words = sys.argv[1:]
+    while words:
+        end = words.index("+") if "+" in words else len(words)
+        _one(_options(words[:end]))
+        words = words[end + 1 :]
+
+
+def _one(options: argparse.Namespace) -> None:
+    """What one command line asks for."""
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)
     case = CASES[options.case]
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), case.config)
         for fused in FUSED[options.fused]:
-            _rows(options, _recipe(options, folder, fused=fused), Path(folder))
-            gc.collect()
+            recipe = _recipe(options, folder, fused=fused)
+            batches = options.batches.split(",")
+            # What is decided for a batch size needs a model of its own.
+            alone = recipe.train.keep_blocks == "auto"
+            for some in [[word] for word in batches] if alone else [batches]:
+                _rows(options, recipe, Path(folder), some)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
 
-def _rows(options: argparse.Namespace, recipe: Recipe, folder: Path) -> None:
-    """Build the case's model and print its line and those of every batch size."""
+def _steps(options: argparse.Namespace, word: str, *, vocabulary: int = 1) -> RandomSteps:
+    """What ROWSxTOKENS or ROWSxpacked asks for."""
+    rows, _, length = word.partition("x")
+    if length != "packed":
+        return RandomSteps(vocabulary=vocabulary, rows=int(rows), length=int(length))
+    if options.packed is None:
+        raise SystemExit(f"{word} needs --packed FILE, which packed_rows.py writes")
+    return PackedSteps(options.packed, rows=int(rows))
+
+
+def _decided(recipe: Recipe, place: Placement, *, rows: int, length: int) -> Recipe:
+    """The recipe with the number of blocks that keep their activations, for this batch size."""
+    made = decide(
+        _sized(recipe, rows=rows, length=length),
+        architecture=architecture(recipe.model),
+        hardware=_card(place),
+        on_cpu=place.device.type == "cpu",
+        limit_bytes=None if place.device.type == "cpu" else _room_bytes(recipe, place),
+    )
+    train = recipe.train.model_copy(update={"keep_blocks": made.train.keep_blocks})
+    return recipe.model_copy(update={"train": train})
+
+
+def _room_bytes(recipe: Recipe, place: Placement) -> int:
+    there = torch.cuda.get_device_properties(place.device).total_memory
+    return there if recipe.place.vram is None else min(there, parse_bytes(recipe.place.vram))
+
+
+def _rows(
+    options: argparse.Namespace, recipe: Recipe, folder: Path, batches: Sequence[str]
+) -> None:
+    """Build the case's model and print its line and those of some batch sizes."""
     seed_everything(recipe.train.seed)
     place = one_device(recipe.place)
+    if recipe.train.keep_blocks == "auto":
+        rows, length = _steps(options, batches[0]).shape
+        recipe = _decided(recipe, place, rows=rows, length=length)
     place.reset_memory()
     assembly, build_s = _built(recipe, place)
     about = _about(options, assembly, place)
@@ -127,24 +211,25 @@ def _rows(options: argparse.Namespace, recipe: Recipe, folder: Path) -> None:
         commit=os.environ.get("NIBBLE_COMMIT"),
     )
     run = _run(recipe, assembly, place, folder)
-    for word in options.batches.split(","):
-        rows, length = map(int, word.split("x"))
+    for word in batches:
         # A run of its own for each size, so that none finds the graphs of another.
-        _measure(options, assembly, replace(run), rows=rows, length=length, about=about)
+        _measure(options, assembly, replace(run), word=word, about=about)
 
 
-def _options() -> argparse.Namespace:
+def _options(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("case", choices=CASES)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--batches", help="ROWSxTOKENS, ...")
+    parser.add_argument("--batches", help="ROWSxTOKENS or ROWSxpacked, ...")
+    parser.add_argument("--packed", help="what packed_rows.py wrote")
+    parser.add_argument("--name", help="of the work, in the lines")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--fused", choices=FUSED, default="on", help="both: a row without, one with"
     )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=3)
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(words)
     options.batches = options.batches or CASES[options.case].batches
     return options
 
@@ -157,7 +242,10 @@ def _recipe(options: argparse.Namespace, folder: str, *, fused: bool) -> Recipe:
     for override in options.overrides:
         key, _, value = override.partition("=")
         section, _, name = key.partition(".")
-        words.setdefault(section, {})[name] = yaml.safe_load(value)
+        if name:
+            words.setdefault(section, {})[name] = yaml.safe_load(value)
+        else:
+            words[section] = yaml.safe_load(value)
     return Recipe.model_validate(words)
 
 
@@ -172,8 +260,12 @@ def _built(recipe: Recipe, place: Placement) -> tuple[Assembly, float]:
 
 def _about(options: argparse.Namespace, assembly: Assembly, place: Placement) -> dict[str, Any]:
     on_gpu = place.device.type == "cuda"
+    train = assembly.recipe.train
     return {
+        "stack": "nibble",
+        "work": options.name,
         "case": options.case,
+        "keep_blocks": train.keep_blocks if train.activation_checkpointing == "full" else None,
         "overrides": options.overrides,
         "fused": assembly.recipe.train.fused_kernels,
         "num_trainable": assembly.summary.num_trainable,
@@ -217,27 +309,46 @@ def _measure(
     assembly: Assembly,
     run: _Run,
     *,
-    rows: int,
-    length: int,
+    word: str,
     about: dict[str, Any],
 ) -> None:
     """Print the line of one batch size, and that of the profile."""
     place = run.place
-    vocabulary = assembly.built.config.get_text_config().vocab_size
-    steps = RandomSteps(vocabulary=vocabulary, rows=rows, length=length)
+    config = assembly.built.config.get_text_config()
+    vocabulary = config.vocab_size
+    steps = _steps(options, word, vocabulary=vocabulary)
+    rows, length = steps.shape
+    is_packed = isinstance(steps, PackedSteps)
+    attention = config._attn_implementation
+    if is_packed and attention_name(type(assembly.model), assembly.built.config) == PACKED:
+        assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]
     row: dict[str, Any] = {"bench": "step", **about, "batch": f"{rows}x{length}"}
+    row["packed"] = is_packed
     row |= _planned(assembly.recipe, place, rows=rows, length=length)
     place.reset_memory()
     try:
-        walls_s, hosts_s, loss = _times(options, run, steps)
+        walls_s, hosts_s, loss, batch = _times(options, run, steps)
     except torch.OutOfMemoryError:
-        _say(**row, out_of_memory=True, **_peak(place))
+        _say(**row, out_of_memory=True, failed="out of memory", **_peak(place))
         run.state.optimizer.zero_grad(set_to_none=True)
         return
     median_s = statistics.median(walls_s)
+    num_tokens = rows * tokens_a_row(options.packed) if is_packed else rows * length
+    flops = step_flops(
+        CASES[options.case].config,
+        doc_lengths=batch.doc_lengths,
+        trains_base=assembly.recipe.adapter.kind == "none",
+        num_trained=assembly.summary.num_trainable,
+    )
     _say(
         **row,
-        tokens_per_s=round(rows * length / median_s, 1),
+        tokens_per_s=round(num_tokens / median_s, 1),
+        **shares(
+            flops,
+            seconds=median_s,
+            recomputed=_recomputed(assembly.recipe, config.num_hidden_layers),
+            device=about["device"],
+        ),
         step_ms=round(median_s * 1e3, 2),
         min_ms=round(min(walls_s) * 1e3, 2),
         max_ms=round(max(walls_s) * 1e3, 2),
@@ -250,12 +361,22 @@ def _measure(
     if options.profile:
         found = kernel_times(lambda: run.step(next(steps)), device=place.device)
         _say(bench="profile", **about, batch=f"{rows}x{length}", **found)
+    if is_packed:
+        assembly.model.set_attn_implementation(attention)  # type: ignore[operator]
+
+
+def _recomputed(recipe: Recipe, num_blocks: int) -> float:
+    """The share of blocks whose forward pass runs twice."""
+    if recipe.train.activation_checkpointing == "none":
+        return 0.0
+    assert recipe.train.keep_blocks != "auto"
+    return 1.0 - min(recipe.train.keep_blocks, num_blocks) / num_blocks
 
 
 def _times(
     options: argparse.Namespace, run: _Run, steps: RandomSteps
-) -> tuple[list[float], list[float], float]:
-    """Seconds of each step, the host's part of them, and the last loss."""
+) -> tuple[list[float], list[float], float, Batch]:
+    """Seconds of each step, the host's part of them, the last loss and its batch."""
     walls_s, hosts_s = [], []
     loss = math.nan
     for number in range(options.warmup + options.steps):
@@ -270,19 +391,13 @@ def _times(
             walls_s.append(end - start)
             hosts_s.append(launched - start)
         loss = float(result.loss)
-    return walls_s, hosts_s, loss
+    return walls_s, hosts_s, loss, batches[0]
 
 
 def _planned(recipe: Recipe, place: Placement, *, rows: int, length: int) -> dict[str, Any]:
     """What the plan says of this batch size: peak GiB without the CUDA context, and tokens/s."""
-    sized = recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(update={"micro_batch_size": rows}),
-            "data": recipe.data.model_copy(update={"max_length": length}),
-        }
-    )
     made: Plan = plan(
-        sized,
+        _sized(recipe, rows=rows, length=length),
         architecture=architecture(recipe.model),
         hardware=_card(place),
         on_cpu=place.device.type == "cpu",
@@ -295,6 +410,17 @@ def _planned(recipe: Recipe, place: Placement, *, rows: int, length: int) -> dic
         "planned_parts_gib": peak,
         "planned_speed": speed,
     }
+
+
+def _sized(recipe: Recipe, *, rows: int, length: int) -> Recipe:
+    """The recipe of one micro-batch of this size a step."""
+    train = {"micro_batch_size": rows, "gradient_accumulation_steps": 1}
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=train),
+            "data": recipe.data.model_copy(update={"max_length": length}),
+        }
+    )
 
 
 def _card(place: Placement) -> Hardware | None:
