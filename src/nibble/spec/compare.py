@@ -11,21 +11,22 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nibble.errors import ConfigError, PlanError
-from nibble.spec.advice import apply
 from nibble.spec.arch import Architecture
 from nibble.spec.builtin_models import is_builtin
+from nibble.spec.choices import Setting, override
 from nibble.spec.config import Recipe
-from nibble.spec.decide import decide
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.load import load_recipe
-from nibble.spec.plan import Plan, plan
+from nibble.spec.plan import Plan
+from nibble.spec.planner import Budget, Planner, budget_of
 from nibble.spec.quality import NOT_MEASURED, ReferenceRun, losses_of, runs_of
+from nibble.spec.search import search, smallest, starting
 from nibble.spec.units import parse_bytes
 
 DEFAULT_TOKENS = 10_000_000
@@ -56,7 +57,9 @@ _IN_BACKWARD: Words = {
     "optim.max_grad_norm": None,
     "train.gradient_accumulation_steps": 1,
 }
-"""No gradient of a matrix is kept, so an update is one pass."""
+"""No gradient of a matrix is kept, so an update is one pass of all its rows."""
+_ONE_ROW: Words = {"train.micro_batch_size": 1}
+"""The same with updates of one row, where nothing else fits."""
 _GALORE_8BIT: Words = {
     **_GALORE,
     "optim.method": "galore8bit",
@@ -68,7 +71,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         key="galore",
         name="GaLore 8 bit",
-        variants=(_GALORE_8BIT, {**_GALORE_8BIT, **_IN_BACKWARD}),
+        variants=(_GALORE_8BIT, {**_GALORE_8BIT, **_IN_BACKWARD, **_ONE_ROW}),
         ranked=True,
     ),
     Method(
@@ -80,7 +83,11 @@ METHODS: tuple[Method, ...] = (
     Method(
         key="apollo-mini",
         name="APOLLO-Mini",
-        variants=(_APOLLO_MINI, {**_APOLLO_MINI, **_IN_BACKWARD}),
+        variants=(
+            _APOLLO_MINI,
+            {**_APOLLO_MINI, **_IN_BACKWARD},
+            {**_APOLLO_MINI, **_IN_BACKWARD, **_ONE_ROW},
+        ),
     ),
     Method(key="lora", name="LoRA", variants=(_LORA,)),
     Method(key="int8-lora", name="int8 LoRA", variants=({**_LORA, "quant.format": "int8"},)),
@@ -165,11 +172,11 @@ def compare(
     `words`: settings for all of them, as on the command line; they win over the method's own.
     Raises ConfigError when no method can be planned.
     """
+    planner = Planner(architecture=architecture, hardware=hardware, on_cpu=on_cpu, devices=devices)
+    card_bytes = None if hardware is None or on_cpu else hardware.memory_bytes
     rows = [
-        _row(model, words, method, architecture=architecture, hardware=hardware,
-             devices=devices, on_cpu=on_cpu)
-        for method in methods
-    ]  # fmt: skip
+        _row(model, words, method, planner=planner, card_bytes=card_bytes) for method in methods
+    ]
     if all(row.plan is None for row in rows):
         raise ConfigError(rows[0].error)
     return rows
@@ -182,48 +189,71 @@ def fits(made: Plan) -> bool:
 
 
 def _row(
-    model: str,
-    words: Sequence[str],
-    method: Method,
-    *,
-    architecture: Architecture,
-    hardware: Hardware | None,
-    devices: Devices,
-    on_cpu: bool,
+    model: str, words: Sequence[str], method: Method, *, planner: Planner, card_bytes: int | None
 ) -> Row:
     """The method's fastest plan that fits, of its first variant that does; else its smallest."""
     best: Plan | None = None
     error = ""
     for variant in method.variants:
         try:
-            start = _recipe(model, words, method, variant, width=architecture.sizes.hidden)
-            made = _fitted(
-                start, architecture=architecture, hardware=hardware, devices=devices, on_cpu=on_cpu
-            )
+            recipe = _recipe(model, words, method, variant, setting=planner.setting)
+            budget = _budget(recipe, card_bytes)
+            made = _fitted(recipe, planner, budget)
         except (ConfigError, PlanError) as failure:
             error = error or str(failure)
             continue
         if best is None or made.device_bytes < best.device_bytes:
             best = made
-        if fits(made):
+        if budget.fits(made):
             best = made
             break
     tokens = DEFAULT_TOKENS if best is None else best.recipe.train.max_tokens or DEFAULT_TOKENS
     return Row(method=method, plan=best, num_tokens=tokens, error="" if best else error)
 
 
+def _budget(recipe: Recipe, card_bytes: int | None) -> Budget:
+    """What the words and the card leave; without either, nothing is held against anything."""
+    ram = recipe.place.ram
+    if card_bytes is None and recipe.place.vram is None:
+        return Budget(device_bytes=None, host_bytes=None if ram is None else parse_bytes(ram))
+    return budget_of(recipe, device_bytes=card_bytes, host_bytes=None)
+
+
+def _fitted(recipe: Recipe, planner: Planner, budget: Budget) -> Plan:
+    """What `fit` finds; the smallest that there is where nothing fits."""
+    try:
+        found = search(
+            recipe,
+            architecture=planner.architecture,
+            hardware=planner.hardware,
+            on_cpu=planner.on_cpu,
+            devices=planner.devices,
+            budget=budget,
+        )
+    except PlanError:
+        least = smallest(starting(recipe, planner.devices), planner, budget)
+        if least is None:
+            raise
+        return least
+    return replace(found.plan, recipe=found.recipe)
+
+
 def _recipe(
-    model: str, words: Sequence[str], method: Method, variant: Words, *, width: int
+    model: str, words: Sequence[str], method: Method, variant: Words, *, setting: Setting
 ) -> Recipe:
-    """The method's recipe; a shape without weights stands for a model that has them."""
+    """The method's recipe, its own words fixed and all others free; a shape without weights stands
+    for a model that has them."""
+    total = setting.devices.total
     base: dict[str, Any] = {
         "model.path": "shape" if is_builtin(model) else model,
-        "train.gradient_accumulation_steps": DEFAULT_ROWS,
+        "fit.batch_rows": -(-DEFAULT_ROWS // total) * total,
     }
+    if "train.micro_batch_size" in variant:
+        base["fit.batch_rows"] = total
     if method.ranked:
-        base["optim.rank"] = max(1, width // RANK_SHARE)
+        base["optim.rank"] = max(1, setting.architecture.sizes.hidden // RANK_SHARE)
     recipe = load_recipe(None, words, base=_nested({**base, **variant}))
-    return apply(recipe, {"model.path": model})
+    return override(recipe, {"model.path": model})
 
 
 def _nested(words: Words) -> dict[str, Any]:
@@ -232,67 +262,3 @@ def _nested(words: Words) -> dict[str, Any]:
         section, _, key = path.partition(".")
         sections.setdefault(section, {})[key] = value
     return sections
-
-
-def _fitted(
-    recipe: Recipe,
-    *,
-    architecture: Architecture,
-    hardware: Hardware | None,
-    devices: Devices,
-    on_cpu: bool,
-) -> Plan:
-    """The fastest choice of micro-batch, checkpointing and placement that fits, else the least."""
-    plans = []
-    error: ConfigError | None = None
-    for changes in _choices(recipe, devices):
-        try:
-            wanted = apply(recipe, changes)
-            made = decide(
-                wanted,
-                architecture=architecture,
-                hardware=hardware,
-                on_cpu=on_cpu,
-                devices=devices,
-            )
-            plans.append(
-                plan(
-                    made,
-                    architecture=architecture,
-                    hardware=hardware,
-                    on_cpu=on_cpu,
-                    devices=devices,
-                )
-            )
-        except ConfigError as failure:
-            error = failure
-    if not plans:
-        raise error or ConfigError("no choice of micro-batch and placement is left")
-    fitting = [made for made in plans if fits(made)]
-    if not fitting:
-        return min(plans, key=lambda made: made.device_bytes)
-    return max(
-        fitting, key=lambda made: (made.speed.tokens_per_s if made.speed else 0, -made.device_bytes)
-    )
-
-
-def _choices(recipe: Recipe, devices: Devices) -> Iterator[dict[str, Any]]:
-    """Micro-batches whose passes make the same update, how much is computed again, placements."""
-    train = recipe.train
-    rows = train.micro_batch_size * train.gradient_accumulation_steps
-    share = max(1, rows // devices.total)
-    kinds = [recipe.place.kind]
-    if recipe.place.kind == "auto" and devices.total > 1:
-        kinds = ["ddp", "fsdp"]
-    micro = 1
-    while micro <= share:
-        for kind in kinds:
-            for again in ("full", "selective"):
-                yield {
-                    "place.kind": kind,
-                    "train.micro_batch_size": micro,
-                    "train.gradient_accumulation_steps": -(-share // micro),
-                    "train.activation_checkpointing": again,
-                    "train.keep_blocks": "auto",
-                }
-        micro *= 2

@@ -32,7 +32,7 @@ from nibble.spec.choices import (
     rows_per_device,
 )
 from nibble.spec.config import Recipe
-from nibble.spec.given import ALLOWED, value_of
+from nibble.spec.given import ALLOWED, ALWAYS, value_of
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import ONE_DEVICE, Devices, placement_kind
 from nibble.spec.load import recipe_dict
@@ -158,7 +158,7 @@ def _check_open(recipe: Recipe, planner: Planner) -> None:
                 changed = override(recipe, values)
                 if differs(recipe, values) and refusal_of(recipe, changed) is None:
                     return
-    given = ", ".join(fixed_paths(recipe))
+    given = ", ".join(path for path in ALWAYS if path in fixed_paths(recipe))
     raise ConfigError(
         f"fit has nothing to choose: you gave {given or 'all that there is'}; leave one of them "
         "out, allow more with fit.allow, or remove fit"
@@ -167,12 +167,12 @@ def _check_open(recipe: Recipe, planner: Planner) -> None:
 
 def _too_small(recipe: Recipe, planner: Planner, budget: Budget) -> str:
     """What to say when nothing fits: the smallest that there is, and what would make it smaller."""
-    smallest = _smallest(recipe, planner, budget)
+    least = smallest(recipe, planner, budget)
     text = f"nothing fits into {budget.words()}"
-    if smallest is None:
+    if least is None:
         return f"{text}: no combination of what is left open can be trained"
-    needed = f"{show_bytes(smallest.device_bytes)} of each card" if not smallest.on_cpu else ""
-    host = f"{show_bytes(smallest.host_bytes)} of the host"
+    needed = f"{show_bytes(least.device_bytes)} of each card" if not least.on_cpu else ""
+    host = f"{show_bytes(least.host_bytes)} of the host"
     needed = " and ".join(part for part in (needed, host) if part)
     more = []
     assert recipe.fit is not None
@@ -181,7 +181,7 @@ def _too_small(recipe: Recipe, planner: Planner, budget: Budget) -> str:
             fit = recipe.fit.model_copy(update={"allow": (*recipe.fit.allow, word)})
             free = set(fit.fixed) - set(ALLOWED[word])
             fit = fit.model_copy(update={"fixed": tuple(sorted(free))})
-            other = _smallest(recipe.model_copy(update={"fit": fit}), planner, budget)
+            other = smallest(recipe.model_copy(update={"fit": fit}), planner, budget)
             if other is not None and budget.fits(other):
                 more.append(word)
     hint = (
@@ -192,7 +192,7 @@ def _too_small(recipe: Recipe, planner: Planner, budget: Budget) -> str:
     return f"{text}: the smallest plan takes {needed}; {hint}"
 
 
-def _smallest(recipe: Recipe, planner: Planner, budget: Budget) -> Plan | None:
+def smallest(recipe: Recipe, planner: Planner, budget: Budget) -> Plan | None:
     """The plan that is nearest to the budget."""
     lower = list(RANK.values(recipe, planner.setting)) if is_free(recipe, RANK) else []
     recipe = override(recipe, lower[-1]) if lower else recipe
