@@ -114,7 +114,7 @@ def test_rotary_takes_the_wider_type_and_no_rows() -> None:
 
 @DTYPES
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # 1 / (1 + inf) is meant
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("layout", ["apart", "pair", "alone"])
 def test_gate(layout: str, activation: Activation, dtype: torch.dtype) -> None:
     both = 4 * normal(2, 3, 2 * 1100, dtype=dtype)

@@ -35,6 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": False},
     "phi3": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0},
     "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gpt_neox": {"use_parallel_residual": True},
+    "starcoder2": {"residual_dropout": 0.0},
 }
 
 

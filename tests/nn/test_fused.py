@@ -19,7 +19,7 @@ from nibble.nn.adapters import LoraLinear, adapters
 from nibble.nn.attention import register
 from nibble.nn.fused import FusedAttention, fuse_, together
 
-LAYER_NORMS = ("phi", "bloom")
+LAYER_NORMS = ("phi", "bloom", "gpt_neox", "starcoder2")
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: str, how: str) 
         "lora": {"targets": ("all-linear",)},
         "qlora": {"targets": ("all-linear",), "quant": "nf4"},
         "some": {
-            "targets": (r".*(q_proj|qkv_proj|query_key_value|down_proj|fc2|4h_to_h)",),
+            "targets": (r".*(q_proj|qkv_proj|query_key_value|down_proj|fc2|4h_to_h|mlp.c_proj)",),
             "quant": "nf4",
         },
     }[how]
@@ -134,6 +134,30 @@ def test_a_family_without_fast_paths_says_so_and_runs_as_before() -> None:
     assert (summary.norms, summary.mlps, summary.attentions) == (0, 0, 0)
     assert "MixtralAttention" in summary.lacking and "MixtralRMSNorm" in summary.lacking
     assert torch.equal(model(input_ids=ids()).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gpt2", {"resid_pdrop": 0.2, "attn_pdrop": 0.0, "embd_pdrop": 0.0}),
+        ("falcon", {"alibi": False, "hidden_dropout": 0.0}),
+    ],
+)
+def test_families_with_a_fast_feed_forward_layer_alone(family: str, words: dict[str, Any]) -> None:
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **small, **words)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config).train()
+    fused = copy.deepcopy(plain)
+    summary = fuse_(fused, fused.base_model, dtype=torch.float32)
+    assert (summary.norms, summary.mlps, summary.attentions) == (0, 2, 0)
+    assert any("Attention" in name for name in summary.lacking)
+    results = []
+    for model in (plain, fused):
+        torch.manual_seed(7)
+        results.append(loss_and_gradients(model))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=2e-6)
+    close(results[1][1], results[0][1])
 
 
 def test_no_class_is_touched_and_copies_stand_alone() -> None:

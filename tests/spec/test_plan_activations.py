@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nibble.models.conv1d import replace_conv1d_
 from nibble.nn.adapters import adapt_
 from nibble.nn.fused import fuse_
 from nibble.nn.quant import quantize_
@@ -156,6 +157,7 @@ def test_adapted_llama_keeps_what_the_list_says(
 @pytest.mark.parametrize("kind", ["frozen", "everything", "lora"])
 def test_fast_paths_keep_what_the_list_says(name: str, kind: str) -> None:
     model, shape = built(name)
+    replace_conv1d_(model)
     adapted: tuple[str, ...] = ()
     if kind == "lora":
         words = Adapter(kind="lora", rank=4, targets=("all-linear",))

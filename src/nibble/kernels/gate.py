@@ -16,13 +16,47 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.launch import launch
-from nibble.numerics.layer_functions import GELU_CUBIC, GELU_SLOPE, Activation
+from nibble.numerics.layer_functions import (
+    GELU_CUBIC,
+    GELU_SLOPE,
+    INVERSE_ROOT_2,
+    INVERSE_ROOT_2_PI,
+    Activation,
+)
 
 TILE_ROWS = 2
 TILE_COLUMNS = 1024
 NUM_WARPS = 4
 SLOPE = tl.constexpr(GELU_SLOPE)
 CUBIC = tl.constexpr(GELU_CUBIC)
+INVERSE_ROOT = tl.constexpr(INVERSE_ROOT_2)
+INVERSE_ROOT_PI = tl.constexpr(INVERSE_ROOT_2_PI)
+KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+"""The kernels' numbers of the activations."""
+
+
+@triton.jit
+def _share(x, KIND: tl.constexpr):
+    """p(x) of act(x) = x p(x), in fp32."""
+    if KIND == 0:
+        share = tl.sigmoid(x)
+    elif KIND == 1:
+        share = tl.sigmoid(SLOPE * x * (1.0 + CUBIC * x * x))
+    else:
+        share = 0.5 * (1.0 + tl.erf(x * INVERSE_ROOT))
+    return share
+
+
+@triton.jit
+def _slope(x, share, KIND: tl.constexpr):
+    """The slope of p at x."""
+    if KIND == 0:
+        slope = share * (1.0 - share)
+    elif KIND == 1:
+        slope = share * (1.0 - share) * (SLOPE * (1.0 + 3.0 * CUBIC * x * x))
+    else:
+        slope = INVERSE_ROOT_PI * tl.exp(-0.5 * x * x)
+    return slope
 
 
 @triton.jit
@@ -34,7 +68,7 @@ def _gate_kernel(
     num_columns,
     gate_row,
     up_row,
-    SILU: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -43,8 +77,7 @@ def _gate_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < num_columns)
     x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
-    inner = x if SILU else SLOPE * x * (1.0 + CUBIC * x * x)
-    active = (x * tl.sigmoid(inner)).to(gate.dtype.element_ty)
+    active = (x * _share(x, KIND)).to(gate.dtype.element_ty)
     if HAS_UP:
         factor = tl.load(up + row * up_row + column, mask=inside, other=0.0)
         active = active.to(tl.float32) * factor.to(tl.float32)
@@ -60,7 +93,7 @@ def _gate_backward_kernel(
     num_columns,
     gate_row,
     up_row,
-    SILU: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -70,15 +103,8 @@ def _gate_backward_kernel(
     inside = (row < num_rows) & (column < num_columns)
     by_output = tl.load(grad + row * num_columns + column, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
-    if SILU:
-        inner = x
-        slope = 1.0
-    else:
-        square = x * x
-        inner = SLOPE * x * (1.0 + CUBIC * square)
-        slope = SLOPE * (1.0 + 3.0 * CUBIC * square)
-    share = tl.sigmoid(inner)
-    by_gate = share + x * share * (1.0 - share) * slope
+    share = _share(x, KIND)
+    by_gate = share + x * _slope(x, share, KIND)
     by_active = by_output
     if HAS_UP:
         factor = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -101,7 +127,7 @@ def gate(gate: Tensor, up: Tensor | None, *, activation: Activation) -> Tensor:
             _grid(gate_rows),
             (gate_rows, up_rows, y),
             *_numbers(gate_rows, up_rows),
-            activation == "silu",
+            KINDS[activation],
             up is not None,
             TILE_ROWS,
             TILE_COLUMNS,
@@ -123,7 +149,7 @@ def gate_backward(
             _grid(gate_rows),
             (grad.contiguous(), gate_rows, up_rows),
             *_numbers(gate_rows, up_rows),
-            activation == "silu",
+            KINDS[activation],
             up is not None,
             TILE_ROWS,
             TILE_COLUMNS,

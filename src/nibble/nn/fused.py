@@ -52,6 +52,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
     "BloomGelu": "gelu_tanh",
+    "GELUActivation": "gelu",
 }
 
 
@@ -71,15 +72,19 @@ class MlpShape:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """Names in an attention layer. `into`: q, k, v, or one linear of all three. `norms`: of q's and
-    k's heads, where present. `window`: whose attribute `sliding_window` is. `softcap`: the
-    attribute that caps scores."""
+    """Names in an attention layer. `into`: q, k, v, or one linear of all three, in which those of a
+    head lie side by side if `by_head`. `norms`: of q's and k's heads, where present. `window`:
+    whose attribute `sliding_window` is. `softcap`: the attribute that caps scores. `dropout`: as in
+    `MlpShape`."""
 
     into: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     out: str = "o_proj"
     norms: tuple[str, str] | None = None
     window: Literal["module", "config"] | None = None
     softcap: str | None = None
+    by_head: bool = False
+    head_dim: str = "head_dim"
+    dropout: str | None = None
 
 
 GATED = MlpShape(into=("gate_proj", "up_proj"))
@@ -98,6 +103,12 @@ MLPS: dict[str, MlpShape] = {
         activation="gelu_impl",
         dropout="hidden_dropout",
     ),
+    "GPTNeoXMLP": MlpShape(into=("dense_h_to_4h",), out="dense_4h_to_h", activation="act"),
+    "FalconMLP": MlpShape(into=("dense_h_to_4h",), out="dense_4h_to_h", activation="act"),
+    "GPT2MLP": MlpShape(into=("c_fc",), out="c_proj", activation="act", dropout="dropout"),
+    "Starcoder2MLP": MlpShape(
+        into=("c_fc",), out="c_proj", activation="act", dropout="residual_dropout"
+    ),
 }
 HEAD_NORMS = ("q_norm", "k_norm")
 ATTENTIONS: dict[str, AttentionShape] = {
@@ -109,6 +120,10 @@ ATTENTIONS: dict[str, AttentionShape] = {
     "Gemma3Attention": AttentionShape(window="module", norms=HEAD_NORMS),
     "PhiAttention": AttentionShape(out="dense", norms=("q_layernorm", "k_layernorm")),
     "Phi3Attention": AttentionShape(into=("qkv_proj",), window="config"),
+    "Starcoder2Attention": AttentionShape(window="config", dropout="residual_dropout"),
+    "GPTNeoXAttention": AttentionShape(
+        into=("query_key_value",), out="dense", by_head=True, head_dim="head_size"
+    ),
 }
 ALIBI_ATTENTIONS = frozenset({"BloomAttention"})
 """Classes that `nn/fused_alibi.py` serves."""
@@ -201,8 +216,7 @@ class FusedMlp:
             up = parts[1] if len(parts) > 1 else None
             inner = gate(parts[0], up, activation=self.activation)
         out: Tensor = getattr(self.module, self.shape.out)(inner)
-        if self.shape.dropout is not None:
-            out = F.dropout(out, getattr(self.module, self.shape.dropout), self.module.training)
+        out = _drop(self.module, self.shape.dropout, out)
         return out if residual is None else residual + out
 
 
@@ -219,11 +233,14 @@ class FusedAttention:
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **words: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As transformers calls its attention layers: [rows, tokens, D] to the same and weights."""
+        """As transformers calls its attention layers: [rows, tokens, D] to the same and weights.
+        `layer_past` is GPT-NeoX's word for the cache."""
         module, lead = self.module, hidden_states.shape[:-1]
-        q, k, v = (x.view(*lead, -1, module.head_dim) for x in self._projected(hidden_states))
+        past_key_values = layer_past if past_key_values is None else past_key_values
+        q, k, v = (x.view(*lead, -1, self._head_dim()) for x in self._projected(hidden_states))
         if self.shape.norms is not None and self.shape.norms[0] in module._modules:
             q_norm, k_norm = _named(module, self.shape.norms)
             q, k = q_norm(q), k_norm(k)
@@ -243,13 +260,19 @@ class FusedAttention:
             **words,
         )
         output = output.reshape(*lead, -1).contiguous()
-        return getattr(module, self.shape.out)(output), weights
+        return _drop(module, self.shape.dropout, getattr(module, self.shape.out)(output)), weights
+
+    def _head_dim(self) -> int:
+        width: int = getattr(self.module, self.shape.head_dim)
+        return width
 
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
         made = together(_named(self.module, self.shape.into), x)
         if len(made) == 3:
             return made
-        config, dim = self.module.config, self.module.head_dim
+        config, dim = self.module.config, self._head_dim()
+        if self.shape.by_head:
+            return made[0].view(*x.shape[:-1], -1, 3, dim).unbind(-2)
         keys = config.num_key_value_heads * dim
         return torch.split(made[0], [config.num_attention_heads * dim, keys, keys], dim=-1)
 
@@ -261,6 +284,14 @@ class FusedAttention:
         if self.shape.softcap is not None:
             words["softcap"] = getattr(self.module, self.shape.softcap)
         return words
+
+
+def _drop(module: nn.Module, name: str | None, x: Tensor) -> Tensor:
+    """x behind the dropout that is the module's attribute `name`, a probability or a layer."""
+    if name is None:
+        return x
+    found = getattr(module, name)
+    return F.dropout(x, found.p if isinstance(found, nn.Dropout) else found, module.training)
 
 
 def _attention(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -2,8 +2,8 @@
 
     RMS norm       n = x / sqrt(mean(x^2) + eps),   y = w n   or   (1 + w) n
     rotary         y1 = x1 cos - x2 sin,   y2 = x2 cos + x1 sin     (halves of a head's first part)
-    gate           y = act(g) u,   act(g) = g sigmoid(f(g)),   f = g (SiLU) or
-                   2 sqrt(2/pi) (g + 0.044715 g^3) (GELU by tanh, as tanh z = 2 sigmoid(2 z) - 1)
+    gate           y = act(g) u,   act(g) = g p(g),   p = sigmoid(g) (SiLU), normal cdf (GELU) or
+                   sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)) (by tanh z = 2 sigmoid(2 z) - 1)
 
 Zhang & Sennrich 2019 (arXiv 1910.07467), Su et al. 2021 (2104.09864), Shazeer 2020 (2002.05202),
 Hendrycks & Gimpel 2016 (1606.08415). These are the truth that `kernels/` is compared with. All
@@ -20,10 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 GELU_SLOPE = 1.5957691216057308  # 2 sqrt(2 / pi)
 GELU_CUBIC = 0.044715
+INVERSE_ROOT_2 = 0.7071067811865476
+INVERSE_ROOT_2_PI = 0.3989422804014327
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool) -> Tensor:
@@ -86,7 +88,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 def gate(gate: Tensor, up: Tensor | None, *, activation: Activation) -> Tensor:
     """act(gate) * up, all [..., F]; without `up` act(gate) alone."""
     wide = gate.float()
-    active = (wide * torch.sigmoid(_inner(wide, activation)[0])).to(gate.dtype)
+    active = (wide * _share(wide, activation)[0]).to(gate.dtype)
     return active if up is None else active * up
 
 
@@ -95,20 +97,23 @@ def gate_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by gate and up. A twin may write them where gate and up were: use those no more."""
     wide, by_output = gate.float(), grad.float()
-    inner, slope = _inner(wide, activation)
-    share = torch.sigmoid(inner)
+    share, slope = _share(wide, activation)
     by_active = by_output if up is None else by_output * up.float()
-    grad_gate = by_active * (share + wide * share * (1.0 - share) * slope)
+    grad_gate = by_active * (share + wide * slope)
     if up is None:
         return grad_gate.to(gate.dtype), None
     active = (wide * share).to(gate.dtype)
     return grad_gate.to(gate.dtype), (by_output * active.float()).to(up.dtype)
 
 
-def _inner(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor | float]:
-    """f(x) of act(x) = x sigmoid(f(x)), and its slope."""
+def _share(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """p(x) of act(x) = x p(x), and its slope."""
+    if activation == "gelu":
+        density = INVERSE_ROOT_2_PI * torch.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + torch.erf(x * INVERSE_ROOT_2)), density
     if activation == "silu":
-        return x, 1.0
+        share = torch.sigmoid(x)
+        return share, share * (1.0 - share)
     square = x * x
-    inner = GELU_SLOPE * x * (1.0 + GELU_CUBIC * square)
-    return inner, GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * square)
+    share = torch.sigmoid(GELU_SLOPE * x * (1.0 + GELU_CUBIC * square))
+    return share, share * (1.0 - share) * (GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * square))

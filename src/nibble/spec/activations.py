@@ -37,6 +37,7 @@ from nibble.spec.arch_types import Parameter
 
 FAST_PATHS = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "bloom"}
+    | {"gpt_neox", "gpt2"}
 )
 """Model types whose blocks have fast paths (the tables of `nn/fused.py`, by family)."""
 
