@@ -217,6 +217,7 @@ def test_the_number_of_graphs_is_bounded() -> None:
     for length in range(20, 20 + MAX_GRAPHS + 2):
         for _ in range(4):
             step(made, weight, make_batch(Case(length=length), length))
+        assert fake.num_replayed == min(2 + 3 * (length - 20), 2 + 3 * (MAX_GRAPHS - 1))
     assert made.num_graphs == fake.num_recorded == MAX_GRAPHS
     assert sum("others" in note for note in notes) == 1
 

@@ -3,6 +3,7 @@
     pass of a shape     first and second time   eagerly; the second is observed
                         third time              recorded, and replayed
                         from then on            inputs copied to where they were, replayed
+    of further shapes   first time              eagerly and observed, and so on
 
 What a shape is: the sizes and types of a batch's tensors and bounds on its targets and documents,
 brought to few (data/shapes.py). MAX_GRAPHS shapes are recorded; others stay eager. Forward, loss
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,14 @@ from nibble.spec.graphs import Wish
 from nibble.spec.units import show_bytes
 
 NUM_WARMUP = 2
-"""Eager passes of a shape; the last of them is observed."""
+"""Eager passes of the first shape; the last of them is observed."""
 MAX_GRAPHS = 8
 HOST_SHARE = 0.75
 """`auto`: of the device's time, what the host must need for a recording to pay."""
 MAX_GRAD_BYTES = 1 << 30
 """`auto`: of the gradients, which are kept from step to step."""
 
+T = TypeVar("T")
 Work = Callable[[Batch, Tensor, Tensor], Tensor]
 """Forward and backward of a batch on the device: its loss over a number of targets, given as a
 tensor, and a factor for backward alone."""
@@ -69,6 +71,7 @@ class _Shape:
     """What is known of the passes of one shape."""
 
     num_seen: int = 0
+    is_observed: bool = False
     is_candidate: bool = True
     graph: _Graph | None = None
 
@@ -154,7 +157,7 @@ class Passes:
 
     def _is_due(self, shape: _Shape) -> bool:
         """Whether a shape is to be recorded now, after the first update and its own warm-up."""
-        ready = shape.is_candidate and shape.num_seen >= NUM_WARMUP
+        ready = shape.is_observed and shape.is_candidate
         if not ready or self._is_off or self._num_steps == 0:
             return False
         if self.num_graphs == MAX_GRAPHS:
@@ -202,8 +205,10 @@ class Passes:
         def work() -> Tensor:
             return self._work(moved, self._count, self._scale)
 
-        if shape.num_seen == NUM_WARMUP and shape.is_candidate and not self._is_off:
-            loss, observed = self._recorder.observe(work)
+        warm = shape.num_seen >= NUM_WARMUP or self.num_graphs > 0
+        if warm and not shape.is_observed and not self._is_off:
+            loss, observed = self._with_room(lambda: self._recorder.observe(work))
+            shape.is_observed = True
             reason = self._against(observed)
             if reason:
                 shape.is_candidate = False
@@ -214,7 +219,7 @@ class Passes:
             self._touched |= {id(p): p for p in self._parameters if p.grad is not None}
         return loss
 
-    def _with_room(self, work: Callable[[], Tensor]) -> Tensor:
+    def _with_room(self, work: Callable[[], T]) -> T:
         """Do the work; if memory runs out while recordings hold some of it, without them."""
         may_repeat = (
             self.num_graphs > 0
