@@ -23,6 +23,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 CACHE = tempfile.mkdtemp(prefix="nibble-test-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE
+os.environ["XDG_CONFIG_HOME"] = os.path.join(CACHE, "config")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 

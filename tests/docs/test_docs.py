@@ -7,7 +7,7 @@ In a page, every fenced block is used unless the line before it is `<!-- not run
                  after a command must be in what it prints, in that order; `...` matches anything
     ```python    is executed there
     ```bash      every `nibble train` in it is read, with its recipe, up to where it would start
-    ```yaml, ```json, ```jsonl, ```jinja after `<!-- file: NAME -->` are written to that file
+    ```yaml, ```json, ```toml, ```jsonl, ```jinja after `<!-- file: NAME -->` are written to a file
     ```jsonl after `<!-- rows: FORMAT -->` must be read as that format, whole
     ```text after `<!-- trained -->` is the page's last rows with «what is trained» marked
 """
@@ -56,7 +56,7 @@ TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "dev" /
 FENCE = re.compile(
     r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S
 )
-FILES = ("yaml", "json", "jsonl", "jinja")
+FILES = ("yaml", "json", "jsonl", "jinja", "toml")
 LAUNCHERS = ("torchrun", "accelerate")
 SHELL = ("ls", "cat", "head", "tail", "wc")
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -109,6 +109,7 @@ def workplace(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(files, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "160")
     return folder
