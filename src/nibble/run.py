@@ -11,7 +11,7 @@ arrival; the loop does the rest and leaves a checkpoint behind, however it ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from nibble.spec.config import Recipe
 from nibble.spec.graphs import wish
 from nibble.spec.plan import Plan
 from nibble.train.checkpoint import TRAINED, Checkpoints
+from nibble.train.fitting import fitted
 from nibble.train.folder import RunFolder, gather_versions
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
 from nibble.train.planned import advice, decided, plan_run, to_text
@@ -70,15 +71,20 @@ def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None
     `stream`: where progress is shown (default: standard output). Raises a NibbleError for whatever
     cannot be done; a run that was interrupted returns, with `outcome.interrupted`.
     """
-    with (
-        Group.from_environment(recipe.place) as group,
-        closing(placement(recipe.place, group, optim=recipe.optim)) as place,
-    ):
-        return _train(recipe, place, group, resume=resume, stream=stream)
+    with Group.from_environment(recipe.place) as group:
+        recipe, notes = fitted(recipe, group, resume=resume)
+        with closing(placement(recipe.place, group, optim=recipe.optim)) as place:
+            return _train(recipe, place, group, resume=resume, stream=stream, notes=notes)
 
 
 def _train(
-    recipe: Recipe, place: Placement, group: Group, *, resume: bool, stream: IO[str] | None
+    recipe: Recipe,
+    place: Placement,
+    group: Group,
+    *,
+    resume: bool,
+    stream: IO[str] | None,
+    notes: Sequence[str],
 ) -> RunResult:
     # Each process drops other activations; all else that is random has generators of its own.
     seed_everything(recipe.train.seed + group.rank)
@@ -93,6 +99,8 @@ def _train(
                 recipe.report.sinks, _sink_context(recipe, folder), stream=stream
             ):
                 report.add(sink)
+        for line in notes:
+            report.note(line)
         assembly, splits = _model_and_data(recipe, group, report)
         recipe = assembly.recipe
         folder.write_recipe(recipe)

@@ -22,7 +22,8 @@ def train_here(recipe: Recipe, *, resume: bool) -> None:
     the first one prints.
     """
     console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-    made = None if console.quiet else plan_or_none(recipe)
+    decided_before = resume and recipe.fit is not None
+    made = None if console.quiet or decided_before else plan_or_none(recipe)
     if made is not None:
         from nibble.spec.plan_text import render
 

@@ -89,15 +89,22 @@ def _table(found: Found, rows: Sequence[Neighbour]) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("instead", overflow="fold")
+    table.add_column("instead", no_wrap=True)
     for name in ("tokens/s", "card GiB", "host GiB"):
         table.add_column(name, justify="right")
     table.add_column("why not")
     table.add_row("(chosen)", *_cells(found.plan), "", style="bold")
     for row in rows:
         style = "" if row.is_free and row.plan is not None else "dim"
-        table.add_row(Text(row.words), *_cells(row.plan), Text(row.why), style=style)
+        table.add_row(Text(_instead(row)), *_cells(row.plan), Text(row.why), style=style)
     return table
+
+
+def _instead(row: Neighbour) -> str:
+    """A setting a line; passes follow from the rows of one."""
+    passes = "train.gradient_accumulation_steps"
+    shown = [{key: value} for key, value in row.overrides.items() if key != passes]
+    return "\n".join(words_of(setting) for setting in shown or [row.overrides])
 
 
 def _cells(made: Plan | None) -> tuple[str, str, str]:

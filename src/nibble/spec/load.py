@@ -217,6 +217,8 @@ def _explain(detail: Mapping[str, Any]) -> str:
         near = nearest(given, choices, limit=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{path}={given} is not one of {', '.join(choices)}{hint}"
+    if path == "fit":
+        return f"fit={given} is not auto, null or a mapping of its settings"
     if known is not None:
         return f"{path}={given} is not {_article(known.type_text)}"
     if isinstance(detail["input"], str | int | float | bool | list):

@@ -112,9 +112,9 @@ def _neighbour(
         if wrong is None and given is not None:
             wrong = given
         elif wrong is None and forbidden:
-            wrong = f"{_compared(found, made)}, and changes what is learnt: fit.allow=[{word}]"
+            wrong = f"{_compared(found, made)}; needs fit.allow=[{word}]"
         elif wrong is None and word == RANK.allow:
-            wrong = f"{_compared(found, made)}, but a rank is lowered only where nothing fits"
+            wrong = f"{_compared(found, made)}; only where nothing fits"
         elif wrong is None:
             wrong = _compared(found, made)
     return Neighbour(
@@ -142,9 +142,9 @@ def _planned(found: Found, recipe: Recipe) -> Plan | None:
 
 def _too_much(found: Found, made: Plan) -> str | None:
     device, host = found.budget.device_excess(made), found.budget.host_excess(made)
-    parts = [f"{show_bytes(device)} too much for the card"] if device else []
-    parts += [f"{show_bytes(host)} too much for the host"] if host else []
-    return " and ".join(parts) or None
+    parts = [f"card {show_bytes(device)} over"] if device else []
+    parts += [f"host {show_bytes(host)} over"] if host else []
+    return ", ".join(parts) or None
 
 
 def _compared(found: Found, made: Plan) -> str:

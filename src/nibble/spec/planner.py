@@ -95,7 +95,7 @@ def budget_of(
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans recipes that differ in quant, adapter, optim, train and place, each once."""
+    """Plans recipes of one model and its data on the same devices, each once."""
 
     architecture: Architecture
     hardware: Hardware | None
@@ -106,11 +106,13 @@ class Planner:
 
     def __call__(self, recipe: Recipe) -> Plan:
         """The plan of a recipe. Raises ConfigError for words that this model cannot mean."""
-        whole = (recipe.quant, recipe.adapter, recipe.optim, recipe.train, recipe.place)
+        learnt = (recipe.quant, recipe.adapter, recipe.optim)
+        data = (recipe.data.max_length, recipe.data.packing)
+        whole = (*learnt, recipe.train, recipe.place, *data)
         if whole in self._plans:
             return self._plans[whole]
         train = recipe.train
-        key = (*whole[:3], train.precision, train.adapter_precision)
+        key = (*learnt, train.precision, train.adapter_precision)
         if key not in self._stocks:
             self._stocks[key] = inventory(recipe, self.architecture)
         made = plan(
