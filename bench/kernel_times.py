@@ -17,16 +17,34 @@ ALIBI_ATTENTION = ("_forward_kernel", "_by_query_kernel", "_by_key_kernel")
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "addmm", "aten::mm", "bmm")
 KINDS = (
     ("unpacking", ("_unpack_kernel", "dequant")),
-    ("int8 tokens", ("_round_kernel", "_list_kernel", "_finish_kernel")),
+    (
+        "int8 tokens",
+        ("_measure_kernel", "_round_kernel", "_rescale_kernel", "_list_kernel", "_finish_kernel"),
+    ),
+    ("loss", ("softmax", "cross_entropy", "nll", "gather", "element_mul_kernel")),
     (
         "fused norms, rotary, gates",
-        ("_norm_kernel", "_norm_backward", "_rotate_kernel", "_gate_kernel", "_gate_backward"),
+        (
+            *("_norm_kernel", "_norm_backward", "_rotate_kernel", "_gate_kernel", "_gate_backward"),
+            *("_gelu_", "rms_norm", "rms_layernorm", "rope_", "swiglu", "_fg_kernel", "_dwf_"),
+        ),
     ),
-    ("attention", (*FUSED_ATTENTION, *ALIBI_ATTENTION)),
-    ("matmul", (*PRODUCTS, "_product_kernel")),
+    (
+        "attention",
+        (
+            *("flash", "fmha", "native_sdpa", "efficient_attention", "scaled_dot"),
+            *("_forward_kernel", "_by_query_kernel", "_by_key_kernel", "flex_attention"),
+        ),
+    ),
+    (
+        "matmul",
+        (
+            *("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "addmm", "aten::mm", "bmm"),
+            "_product_kernel",
+        ),
+    ),
     ("memory copies", ("memcpy", "memset")),
-    ("optimiser", ("multi_tensor", "_foreach")),
-    ("loss", ("softmax", "cross_entropy", "nll", "gather")),
+    ("optimiser", ("multi_tensor", "_foreach", "_adamw_kernel", "_move_kernel", "koptimizer")),
     ("casts and copies", ("copy_kernel", "aten::copy_", "catarray")),
     ("reductions", ("reduce_kernel", "aten::mean", "aten::sum", "radixsort", "scan")),
 )

@@ -119,7 +119,8 @@ def _works(options: argparse.Namespace, kind: str, works: list[str], *, import_s
 
 def _measure(options: argparse.Namespace, step: Step, about: dict[str, Any]) -> None:
     import torch
-    from packed_rows import tokens_a_row
+    from flops import shares, step_flops
+    from packed_rows import micro_batches, tokens_a_row
 
     on_gpu = torch.cuda.is_available()
     _release()
@@ -143,10 +144,21 @@ def _measure(options: argparse.Namespace, step: Step, about: dict[str, Any]) -> 
         say(bench="step", **about, failed="out of memory", **_peak())
         return
     median_s = statistics.median(walls_s)
+    lengths: Any = [[length]] * rows
+    if about["work"] == "packed":
+        lengths = next(micro_batches(options.packed, rows=rows)).doc_lengths
+    flops = step_flops(
+        _shape(options.case),
+        doc_lengths=lengths,
+        trains_base=about["work"] == "full",
+        num_trained=about["num_trainable"],
+    )
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     say(
         bench="step",
         **about,
         tokens_per_s=round(tokens / median_s, 1),
+        **shares(flops, seconds=median_s, recomputed=1.0, device=device),
         step_ms=round(median_s * 1e3, 2),
         min_ms=round(min(walls_s) * 1e3, 2),
         max_ms=round(max(walls_s) * 1e3, 2),
