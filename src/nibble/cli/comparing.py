@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import typer
 
 from nibble.errors import ConfigError
-from nibble.spec.arch import architecture
 from nibble.spec.compare import DEFAULT_TOKENS, compare
 from nibble.spec.config import Model
 from nibble.spec.hardware import CPU, Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.use.machine import card_names
+from nibble.use.shapes import shapes
 
 
 def show_comparison(
@@ -42,7 +42,7 @@ def show_comparison(
     rows = compare(
         model,
         [*given, *words],
-        architecture=architecture(Model(path=model)),
+        architecture=shapes(Model(path=model)),
         hardware=card,
         devices=devices,
         on_cpu=not names,

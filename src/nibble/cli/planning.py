@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import typer
 
 from nibble.errors import ConfigError, PlanError, WeightError
-from nibble.spec.arch import Architecture, architecture
+from nibble.spec.arch import Architecture
 from nibble.spec.config import Recipe
 from nibble.spec.decide import decide
-from nibble.spec.hardware import Hardware, hardware
+from nibble.spec.hardware import CPU, Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.plan import Plan, plan
 from nibble.use.machine import card_names
+from nibble.use.shapes import shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +36,22 @@ def where(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) ->
 
     `gpus`: how many of them share the run (default: place.num_devices, or all that are here).
     """
-    shapes = architecture(recipe.model, num_labels=recipe.model.num_labels)
+    shape = shapes(recipe.model, num_labels=recipe.model.num_labels)
     names = card_names() if gpu is None else (gpu,)
     device = recipe.place.device
     on_cpu = device == "cpu" or (device == "auto" and not names)
     card = None
-    if not on_cpu and names:
-        # A card that the table does not know is planned for without a speed, unless it was named.
-        with nullcontext() if gpu is not None else suppress(ConfigError):
-            card = hardware(names[0])
+    if on_cpu or names:
+        # A card that the table does not know is planned for without a speed, unless it was named; a
+        # processor has a row once it was measured.
+        with nullcontext() if gpu is not None and not on_cpu else suppress(ConfigError):
+            card = hardware(CPU if on_cpu else names[0])
     here = 1 if on_cpu or gpu is not None else max(1, len(names))
     number = gpus or recipe.place.num_devices or here
     if recipe.place.kind == "single" or ":" in device:
         number = 1
     return Where(
-        architecture=shapes,
+        architecture=shape,
         hardware=card,
         on_cpu=on_cpu,
         devices=Devices(per_machine=number),

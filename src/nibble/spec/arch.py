@@ -41,9 +41,9 @@ _HEADS = re.compile(r"^(lm_head|output|embed_out)\.weight$")
 class Architecture:
     """A model's shape. `parameters` holds each distinct tensor once: a tied head is not listed.
 
-    `source`: `config` (the block's style is the family's own) or `headers` (names and shapes are
-    exact, and the block is taken to be a Llama's). Compared by identity, so that what follows from
-    one can be remembered.
+    `source`: `config` (the block's style is the family's own), `headers` or `meta` (names and
+    shapes are exact, and the block is taken to be a Llama's). Compared by identity, so that what
+    follows from one can be remembered.
     """
 
     model_type: str
@@ -55,7 +55,7 @@ class Architecture:
     embedding_norm: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
-    source: Literal["config", "headers"] = "config"
+    source: Literal["config", "headers", "meta"] = "config"
 
     @property
     def num_parameters(self) -> int:
@@ -172,9 +172,15 @@ def from_config(config: Mapping[str, Any], *, num_labels: int | None = None) -> 
 
 
 def from_headers(
-    config: Mapping[str, Any], headers: Mapping[str, TensorHeader], *, model_type: str = ""
+    config: Mapping[str, Any],
+    headers: Mapping[str, TensorHeader],
+    *,
+    model_type: str = "",
+    source: Literal["headers", "meta"] = "headers",
 ) -> Architecture:
     """The shape read from tensor headers, kinds inferred from names and dims.
+
+    `source`: whether they are those of files, or of a model built on the meta device.
 
     Raises PlanError when no repeated blocks can be seen in the names.
     """
@@ -207,7 +213,7 @@ def from_headers(
         experts_per_token=reader.number("num_experts_per_tok", "top_k", default=2)
         if experts
         else 0,
-        source="headers",
+        source=source,
     )
 
 

@@ -23,6 +23,13 @@ HEADS = {"first step": "first", "steady step": "steady", "evaluation": "eval"}
 """Phases whose names are long."""
 
 
+SOURCES = {
+    "headers": ", an unknown family: shapes from the weights' headers",
+    "meta": ", an unknown family: shapes of the model built on the meta device",
+}
+"""Where shapes are from, when not from the family's table."""
+
+
 def render(plan: Plan) -> RenderableType:
     """A rich renderable of the plan, 80 columns wide."""
     from rich.console import Group
@@ -129,7 +136,7 @@ def _title(plan: Plan) -> str:
 
 def _counts(plan: Plan) -> str:
     share = 100 * plan.num_trainable / max(1, plan.num_total)
-    source = "" if plan.architecture.source == "config" else ", shapes from the weights' headers"
+    source = SOURCES.get(plan.architecture.source, "")
     return (
         f"{plan.num_trainable:,} trainable of {plan.num_total:,} parameters ({share:.3g} %), "
         f"{plan.architecture.model_type}{source}"

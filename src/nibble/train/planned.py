@@ -18,7 +18,6 @@ from nibble.place import Group, resolved
 from nibble.place.base import Memory, Placement
 from nibble.place.host_memory import available_bytes
 from nibble.spec.advice import advise
-from nibble.spec.arch import architecture
 from nibble.spec.decide import decide
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.holdings import Devices
@@ -26,6 +25,7 @@ from nibble.spec.phases import CUDA_CONTEXT_BYTES
 from nibble.spec.plan import Plan, plan
 from nibble.spec.units import show_bytes
 from nibble.use.assemble import Assembly
+from nibble.use.shapes import shapes
 
 
 def plan_run(
@@ -37,7 +37,7 @@ def plan_run(
     recipe = resolved(assembly.recipe, group)
     local = recipe.model.model_copy(update={"path": str(assembly.built.path), "revision": None})
     try:
-        shape = architecture(local)
+        shape = shapes(local)
     except PlanError as error:
         note(f"not planned: {error}")
         return None
