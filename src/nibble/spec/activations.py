@@ -153,7 +153,7 @@ def backward_bytes(shape: Architecture, work: Work, *, block: int) -> int:
     passing = 2 * input_bytes(shape, work)
     weights = _weight_gradients(shape, work, block)
     inner = kept.get("input of MLP output", 0)
-    first = all_of_it + max(_mlp_workspace(shape, work), _norm_workspace(shape, work))
+    first = all_of_it + max(_mlp_workspace(shape, work, inner), _norm_workspace(shape, work))
     second = all_of_it - inner + weights["MLP output"] + weights["MLP input"]
     third = all_of_it - mlp + _attention_workspace(shape, work)
     if not work.grows:
@@ -187,16 +187,20 @@ def _weight_gradients(shape: Architecture, work: Work, block: int) -> dict[str, 
 MLP_PARTS = ("MLP", "router", "experts", "input of MLP input", "input of MLP output")
 
 
-def _mlp_workspace(shape: Architecture, work: Work) -> int:
-    """Gradients of the inner tensors; with tiles also all that a tile keeps."""
+def _mlp_workspace(shape: Architecture, work: Work, kept_inner: int) -> int:
+    """Gradients of the inner tensors; with tiles also all that a tile keeps.
+
+    `kept_inner`: what the last linear kept of its input, which goes when its backward is done.
+    """
     if work.tiled and not shape.num_experts:
         tile = replace(work, tokens=work.mlp_tile_tokens or work.tokens, mlp_tile_tokens=None)
         inner = sum(_mlp(shape, tile).values()) + tile.element * tile.tokens * shape.sizes.ffn
-        return inner + _mlp_workspace(shape, tile)
+        return inner + _mlp_workspace(shape, tile, 0)
     width = shape.sizes.ffn * max(shape.experts_per_token, 1)
     # The fast gate writes its gradients where gate and up were.
     copies = 1 if work.fused else 3 if shape.style.gated else 2
-    return copies * work.element * width * work.tokens
+    one = work.element * width * work.tokens
+    return max(one, copies * one - kept_inner)
 
 
 def _norm_workspace(shape: Architecture, work: Work) -> int:

@@ -106,7 +106,9 @@ def work_of(recipe: Recipe, stock: Inventory) -> Work:
         packed_rows=recipe.data.packing,
         fused=train.fused_kernels and stock.architecture.model_type in FAST_PATHS,
         mlp_tile_tokens=train.mlp_tile_tokens,
-        grows=train.gradient_accumulation_steps == 1 and not recipe.optim.layerwise,
+        grows=adapter.kind == "none"
+        and train.gradient_accumulation_steps == 1
+        and not recipe.optim.layerwise,
     )
 
 
@@ -253,7 +255,7 @@ def _step_moments(run: Run) -> _Moments:
         moments["the head's gradient"] = {
             "activations_kept": always + blocks.forward_ends + 4 * row,
             "logits": seen.loss.head,
-            "activation_workspace": stock.head_gradient_bytes,
+            "activation_workspace": stock.head_gradient_bytes + seen.loss.head_cast,
             "gradients": grown.before,
         }
     if blocks.num_again < blocks.num_blocks:

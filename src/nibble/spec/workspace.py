@@ -39,7 +39,8 @@ SOFTCAP_BYTES_PER_LOGIT = 20
 class Loss:
     """Bytes around the head. `chunk`: logits of one chunk with their gradient; `chunk_evaluation`:
     without. `head`: what of a trained head's gradient waits for backward; `head_copy`: its weight
-    in the type of the rows; `head_step`: a chunk's share of its gradient.
+    in the type of the rows; `head_step`: a chunk's share of its gradient; `head_cast`: the gradient
+    in the type of the rows, before it is brought to the weight's.
     """
 
     chunk: int
@@ -47,6 +48,7 @@ class Loss:
     head: int
     head_copy: int
     head_step: int
+    head_cast: int = 0
 
 
 def loss_bytes(
@@ -65,18 +67,20 @@ def loss_bytes(
         return Loss(chunk=full, chunk_evaluation=full, head=0, head_copy=0, head_step=0)
     logits = min(chunk_tokens, tokens) * vocabulary
     each = e + (SOFTCAP_BYTES_PER_LOGIT if shape.style.scores == "softcap" else 0)
-    kept = head_step = copy = 0
+    kept = head_step = copy = cast = 0
     if head_element is not None and is_lm:
         by_logits, own = tokens * vocabulary * e, 4 * shape.head_size
         kept = by_logits if keeps and tokens * e <= 4 * shape.sizes.hidden else own
         head_step = 0 if kept == by_logits else shape.head_size * e
         copy = shape.head_size * e if head_element != e else 0
+        cast = copy if kept == by_logits else 0
     return Loss(
         chunk=logits * each,
         chunk_evaluation=logits * each,
         head=kept,
         head_copy=copy,
         head_step=head_step,
+        head_cast=cast,
     )
 
 
