@@ -209,6 +209,9 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         ["optim.warmup_steps=5", "optim.warmup_ratio=0.1", "keep one"]),
     "two held-out sets": (
         [{"data": {"eval": [{"path": "e"}], "eval_rows": 5}}], ["data.eval ", "data.eval_rows=5"]),
+    "graphs of what cannot be recorded": (
+        [{"train": {"cuda_graphs": True}, "place": {"device": "cpu"}}],
+        ["train.cuda_graphs=true", "place.device=cpu"]),
     "two views of one terminal": (
         [{"report": {"sinks": ["progress", "plain"]}}], ["progress and plain"]),
     "a sink twice": ([{"report": {"sinks": ["plain", "plain"]}}], ["[plain, plain]", "twice"]),
