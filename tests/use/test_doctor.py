@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from nibble.spec.units import GIB, MIB
 from nibble.use import doctor
 from nibble.use.doctor import EXTRAS, REQUIRED, Finding, diagnose, examine
-from nibble.use.machine import Facts, Folder, Gpu, card_names, collect
+from nibble.use.machine import Facts, Folder, Gpu, PackedCache, card_names, collect
 
 GPU = Gpu(
     index=0,
@@ -59,6 +60,31 @@ def test_a_good_machine_has_nothing_to_say() -> None:
     text = " ".join(f.text for f in findings)
     assert "NVIDIA H200, 140.00 GiB" in text and "driver 580.159.04" in text
     assert {f.name for f in findings} >= {"python", "torch", "gpu 0", "triton", "memory", "hub"}
+
+
+@pytest.mark.parametrize(
+    ("num_bases", "num_bytes", "text"),
+    [
+        (0, 0, r"^empty, /c/packed \(quant.cache; NIBBLE_CACHE moves it\)$"),
+        (1, 5 * GIB, r"^5.00 GiB of 1 base, /c/packed: it only saves time, and goes with rm -r /c"),
+        (2, 40 * GIB, r"^40.00 GiB of 2 bases, "),
+    ],
+)
+def test_the_packed_cache_is_told(num_bases: int, num_bytes: int, text: str) -> None:
+    packed = PackedCache(path="/c/packed", num_bases=num_bases, num_bytes=num_bytes)
+    (found,) = [f for f in diagnose(replace(WELL, packed=packed)) if f.name == "packed cache"]
+    assert found.status == "ok" and re.search(text, found.text), found.text
+
+
+def test_the_packed_cache_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIBBLE_CACHE", str(tmp_path))
+    folder = tmp_path / "packed"
+    assert collect([]).packed == PackedCache(path=str(folder), num_bases=0, num_bytes=0)
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(bytes(70))
+    (folder / "a.json").write_bytes(bytes(20))
+    (folder / ".writing-b-1").write_bytes(bytes(10))
+    assert collect([]).packed == PackedCache(path=str(folder), num_bases=1, num_bytes=100)
 
 
 def without(name: str) -> dict[str, str | None]:

@@ -218,6 +218,22 @@ def check_folders(facts: Facts) -> list[Finding]:
     return found
 
 
+def check_packed(facts: Facts) -> list[Finding]:
+    """The packed bases that are kept on disk, and how to be rid of them."""
+    if facts.packed is None:
+        return []
+    where = facts.packed.path
+    if not facts.packed.num_bytes:
+        text = f"empty, {where} (quant.cache; NIBBLE_CACHE moves it)"
+    else:
+        num = facts.packed.num_bases
+        text = (
+            f"{show_bytes(facts.packed.num_bytes)} of {num} base{'s' * (num != 1)}, {where}: "
+            f"it only saves time, and goes with rm -r {where}"
+        )
+    return [Finding(name="packed cache", status="ok", text=text)]
+
+
 def check_memory(facts: Facts) -> list[Finding]:
     """Host memory, shared memory and the limits that streaming and loaders run into."""
     text = (
@@ -267,6 +283,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     check_kernels,
     check_extras,
     check_folders,
+    check_packed,
     check_memory,
     check_hub,
 )

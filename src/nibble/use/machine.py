@@ -45,6 +45,15 @@ class Folder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedCache:
+    """Where packed bases are kept (weights/packed_cache.py), and how much that is."""
+
+    path: str
+    num_bases: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """All that is judged. `versions` has None for what is not installed."""
 
@@ -68,6 +77,7 @@ class Facts:
     has_nccl: bool = True
     launcher: str | None = None
     """Who started this process as one of several, and as which."""
+    packed: PackedCache | None = None
 
 
 def collect(distributions: Iterable[str]) -> Facts:
@@ -98,10 +108,21 @@ def collect(distributions: Iterable[str]) -> Facts:
         environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         has_nccl=_has_nccl(),
         launcher=_launcher(),
+        packed=_packed_cache(),
     )
 
 
 _ENVIRONMENT = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "CUDA_VISIBLE_DEVICES")
+
+
+def _packed_cache() -> PackedCache | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from nibble.weights.packed_cache import cache_contents, cache_folder
+
+    folder = cache_folder()
+    num_bases, num_bytes = cache_contents(folder)
+    return PackedCache(path=str(folder), num_bases=num_bases, num_bytes=num_bytes)
 
 
 def _version(distribution: str) -> str | None:

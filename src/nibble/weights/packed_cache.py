@@ -13,7 +13,8 @@ and not the run. What is read is compared with its checksum: a damaged entry is 
 what to delete, as part of it may be in use by then.
 
 Reading goes straight into the memory that keeps the tensor where that is host memory; never through
-a memory map, whose pages would count as the run's. `nibble` removes only entries that were left
+a memory map, whose pages would count as the run's. What goes on to a device is read ahead by a few
+threads, as comparing takes longer than copying. `nibble` removes only entries that were left
 unfinished.
 """
 
@@ -27,7 +28,9 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -47,6 +50,9 @@ QUEUE_BYTES = 1 << 30
 LEFT_OVER_S = 24 * 3600
 WORDS = {"uint8": "U8", "int8": "I8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 PIECE_BYTES = 64 << 20
+NUM_READERS = 8
+NUM_AHEAD = 16
+"""Weights that are read before they are asked for: half a GiB of an 8B."""
 
 
 def cache_folder() -> Path:
@@ -54,6 +60,18 @@ def cache_folder() -> Path:
     own = os.environ.get("NIBBLE_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nibble"
     return base.expanduser() / "packed"
+
+
+def cache_contents(folder: Path) -> tuple[int, int]:
+    """How many packed bases lie in a cache, and the bytes of all its files, unfinished ones too."""
+    sizes: list[int] = []
+    num_bases = 0
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):  # another process may take one away
+                sizes.append(path.stat().st_size)
+                num_bases += path.suffix == ".safetensors"
+    return num_bases, sum(sizes)
 
 
 def cache_key(
@@ -149,6 +167,29 @@ def open_cache(folder: Path, key: str, spec: FormatSpec) -> dict[str, PackedWeig
         name: PackedWeight(spec=spec, tensors=StoredTensors(*parts))
         for name, parts in weights.items()
     }
+
+
+def read_ahead(weights: Iterable[tuple[str, PackedWeight]]) -> Iterator[tuple[str, PackedWeight]]:
+    """The same weights in the same order, those that come next being read meanwhile.
+
+    Raises WeightError for a damaged one when its turn comes.
+    """
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="nibble-reader") as pool:
+        waiting: deque[tuple[str, PackedWeight, list[Future[Tensor]]]] = deque()
+
+        def first() -> tuple[str, PackedWeight]:
+            name, packed, reads = waiting.popleft()
+            for read in reads:
+                read.result()
+            return name, packed
+
+        for name, packed in weights:
+            reads = [pool.submit(packed.tensors.__getitem__, leaf) for leaf in packed.tensors]
+            waiting.append((name, packed, reads))
+            if len(waiting) > NUM_AHEAD:
+                yield first()
+        while waiting:
+            yield first()
 
 
 @dataclass(frozen=True, kw_only=True)
