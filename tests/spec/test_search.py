@@ -307,7 +307,9 @@ def test_budgets_that_contradict_what_there_is() -> None:
         budget(device=None)
     told = budget("vram=8GiB", "ram=16GiB")
     assert told.device_bytes == 8 * GIB + GIB // 2 and told.host_bytes == 16 * GIB
-    assert budget().words() == "24.00 GiB of a card and 32.00 GiB of the host"
+    assert budget().words() == (
+        "24.00 GiB of a card less 737.3 MiB to spare and 32.00 GiB of the host"
+    )
 
 
 def test_wrong_words_are_answered() -> None:

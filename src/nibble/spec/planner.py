@@ -20,21 +20,25 @@ from nibble.spec.phases import CUDA_CONTEXT_BYTES
 from nibble.spec.plan import Plan, plan
 from nibble.spec.units import parse_bytes, show_bytes
 
+SPARE_SHARE = 0.03
+"""Of a card, that a search leaves free: by so much a plan may be too small and still be right."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What a plan may take: `device_bytes` of each card, `host_bytes` of each machine; None is no
-    limit.
+    limit. `spare_bytes`: of a card left free.
     """
 
     device_bytes: int | None
     host_bytes: int | None
+    spare_bytes: int = 0
 
     def device_excess(self, made: Plan) -> int:
         """Bytes by which a plan is too large for the device; 0 where it fits, or has none."""
         if made.on_cpu or self.device_bytes is None:
             return 0
-        return max(0, made.device_bytes - self.device_bytes)
+        return max(0, made.device_bytes - self.device_bytes + self.spare_bytes)
 
     def host_excess(self, made: Plan) -> int:
         """Bytes by which a plan is too large for the host."""
@@ -48,7 +52,8 @@ class Budget:
         """The budget for a message."""
         parts = []
         if self.device_bytes is not None:
-            parts.append(f"{show_bytes(self.device_bytes)} of a card")
+            spare = f" less {show_bytes(self.spare_bytes)} to spare" if self.spare_bytes else ""
+            parts.append(f"{show_bytes(self.device_bytes)} of a card{spare}")
         if self.host_bytes is not None:
             parts.append(f"{show_bytes(self.host_bytes)} of the host")
         return " and ".join(parts) or "no budget"
@@ -90,7 +95,8 @@ def budget_of(
         raise ConfigError(
             "fit needs a budget: name a card (--gpu rtx4090), or give place.vram such as 24GiB"
         )
-    return Budget(device_bytes=device, host_bytes=host)
+    spare = 0 if device is None else int(SPARE_SHARE * device)
+    return Budget(device_bytes=device, host_bytes=host, spare_bytes=spare)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,10 @@ def _explicit(recipe: Recipe, path: str) -> bool:
 
 
 def _size_problems(recipe: Recipe) -> Iterator[str]:
-    for size in (recipe.place.vram, recipe.place.ram):
+    for option, size in (("place.vram", recipe.place.vram), ("place.ram", recipe.place.ram)):
         if size is not None:
             try:
-                parse_bytes(size)
+                parse_bytes(size, option=option)
             except ConfigError as error:
                 yield str(error)
 

@@ -19,17 +19,17 @@ from nibble.errors import ConfigError
 from nibble.models.locate import locate
 from nibble.place import Group
 from nibble.place.host_memory import available_bytes
-from nibble.spec.arch import architecture
 from nibble.spec.choices import fixed_paths
 from nibble.spec.config import Recipe
 from nibble.spec.fit_text import lines
 from nibble.spec.given import ALLOWED, ALWAYS
-from nibble.spec.hardware import Hardware, hardware
+from nibble.spec.hardware import CPU, Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.phases import CUDA_CONTEXT_BYTES
 from nibble.spec.planner import budget_of
 from nibble.spec.search import Found, search
 from nibble.train.folder import RECIPE, read_recipe
+from nibble.use.shapes import shapes
 
 
 def fitted(recipe: Recipe, group: Group, *, resume: bool = False) -> tuple[Recipe, list[str]]:
@@ -91,7 +91,7 @@ def _search(recipe: Recipe, group: Group, there: list[dict[str, Any]]) -> Found:
     sizes = [facts["device_bytes"] for facts in there if facts["device_bytes"] is not None]
     return search(
         recipe,
-        architecture=architecture(local, num_labels=model.num_labels),
+        architecture=shapes(local, num_labels=model.num_labels),
         hardware=slowest,
         on_cpu=on_cpu,
         devices=Devices(per_machine=per_machine, machines=max(1, group.world // group.local_world)),
@@ -117,7 +117,8 @@ def _facts(group: Group) -> dict[str, Any]:
 
 
 def _card(name: str | None) -> Hardware | None:
+    """The card's row, or the processor's, which has one once it was measured."""
     try:
-        return None if name is None else hardware(name)
+        return hardware(name or CPU)
     except ConfigError:
         return None  # no speed then: the fewest FLOPs a token are taken for the fastest
