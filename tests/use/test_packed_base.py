@@ -24,7 +24,14 @@ from nibble.spec.config import Place, Quant
 from nibble.spec.formats import format_spec
 from nibble.use import packed
 from nibble.use.assemble import assemble, fill
-from nibble.weights.packed_cache import CacheWriter, StoredTensors, cache_folder, open_cache
+from nibble.weights.packed_cache import (
+    NUM_AHEAD,
+    CacheWriter,
+    StoredTensors,
+    cache_folder,
+    open_cache,
+    read_ahead,
+)
 
 NF4 = format_spec(Quant(format="nf4"))
 assert NF4 is not None
@@ -159,3 +166,42 @@ def test_parts_of_several_processes_make_one_entry(tmp_path: Path) -> None:
         assert all(torch.equal(some[leaf], tensors[leaf][1:2]) for leaf in tensors)
     left = {path.suffix for path in tmp_path.iterdir()} - {".safetensors", ".json"}
     assert left <= {".part-0"}  # of the run that was killed
+
+
+def test_reading_ahead_gives_the_same_weights(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = loaded(base, "single").state_dict()
+    monkeypatch.setattr(packed, "_goes_to_device", lambda *_: True)
+    found = loaded(base, "single").state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_reading_ahead_keeps_the_order_and_a_bounded_distance(base: Path) -> None:
+    loaded(base, "single")
+    (entry,) = cache_folder().glob("*.safetensors")
+    weights = open_cache(entry.parent, entry.stem, NF4)
+    taken: list[str] = []
+
+    def asked() -> Any:
+        for name in 4 * sorted(weights):
+            taken.append(name)
+            yield name, weights[name]
+
+    for number, (name, _) in enumerate(read_ahead(asked()), start=1):
+        assert name == taken[number - 1]
+        assert len(taken) <= number + NUM_AHEAD
+
+
+def test_a_damaged_weight_that_was_read_ahead_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded(base, "single")
+    (entry,) = cache_folder().glob("*.safetensors")
+    with entry.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    monkeypatch.setattr(packed, "_goes_to_device", lambda *_: True)
+    with pytest.raises(WeightError, match="damaged"):
+        loaded(base, "single")

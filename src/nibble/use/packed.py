@@ -26,12 +26,14 @@ from torch import nn
 from nibble.nn.adapters import locate
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.place.base import Placement
+from nibble.spec.holdings import placement_kind
 from nibble.weights.packed_cache import (
     CacheWriter,
     StoredTensors,
     cache_folder,
     cache_key,
     open_cache,
+    read_ahead,
 )
 
 if TYPE_CHECKING:
@@ -75,13 +77,21 @@ def values(
     stored = open_cache(entry.folder, entry.key, assembly.spec)
     if int(place.sum(torch.tensor(int(bool(stored))))) == place.world:
         names = frozenset(stored)
-        for name in filter(wanted, sorted(names)):
-            # Taken out, so that what was read of it goes with it.
-            yield name, _rows_of(stored.pop(name), rows(name))
+        # Taken out, so that what was read of it goes with it.
+        taken = (
+            (name, _rows_of(stored.pop(name), rows(name))) for name in filter(wanted, sorted(names))
+        )
+        yield from read_ahead(taken) if _goes_to_device(assembly, place) else taken
         yield from assembly.values(lambda name: name not in names and wanted(name), rows)
         return
     writer = _writer(assembly, place, entry, note)
     yield from _kept(assembly, writer, wanted, rows)
+
+
+def _goes_to_device(assembly: Assembly, place: Placement) -> bool:
+    """Whether weights leave host memory as they come; others are read to where they stay."""
+    kind = placement_kind(assembly.recipe.place, place.world)
+    return place.device.type != "cpu" and kind in ("single", "ddp", "fsdp")
 
 
 def _rows_of(packed: PackedWeight, rows: slice | None) -> PackedWeight:
