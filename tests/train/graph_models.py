@@ -159,7 +159,7 @@ def train(
     place = place or one_device(Place(device=case.device))
     model = make_model(case)
     trained = place.trained(model)
-    optimizer, schedule = build(trained, Optim(learning_rate=1e-3), total_steps=case.steps)
+    optimizer, schedule = build(trained, Optim(learning_rate=1e-4), total_steps=case.steps)
     seen = Seen()
 
     def keep(*unused: object) -> None:
