@@ -148,6 +148,12 @@ def test_the_table_has_80_columns_and_every_row(rows: list[Row]) -> None:
         assert NOT_MEASURED in line
 
 
+def test_without_a_card_there_is_no_speed_and_it_says_how_to_get_one(shape: Architecture) -> None:
+    rows = compare("m", WORDS, architecture=shape, hardware=None, devices=ONE, on_cpu=True)
+    assert "nibble plan --calibrate" in " ".join(plain(rows).split())
+    assert all("tokens_per_s" not in row.to_json() for row in rows)
+
+
 def test_reference_runs_are_those_that_are_published() -> None:
     known = {method.key for method in METHODS}
     for run in reference_runs():

@@ -31,6 +31,7 @@ def render(rows: Sequence[Row]) -> RenderableType:
         Text(_subtitle(some, tokens), style="dim"),
         _table(rows),
         _pairs(_chosen(rows)),
+        *([] if any(r.plan and r.plan.speed for r in rows) else [Text(_NO_SPEED)]),
         Text(""),
         Text(_MEASURED if any(row.runs for row in rows) else _UNMEASURED, style="dim"),
         _pairs(_measured(rows), style="dim"),
@@ -59,11 +60,9 @@ def _title(made: Plan) -> str:
 def _subtitle(made: Plan, tokens: int) -> str:
     limit, ram = made.limit(), made.recipe.place.ram
     budget = "" if limit is None else f", {show_bytes(limit)} a card"
-    host = "" if ram is None else f", {ram} of host memory"
-    return (
-        f"rows of {made.recipe.data.max_length:,} tokens{budget}{host}; "
-        f"hours, money and energy for {show_count(tokens)} tokens"
-    )
+    host = "" if ram is None else f", {ram} of host"
+    row = f"{made.recipe.data.max_length:,} tokens a row"
+    return f"{row}{budget}{host}; time, rent and energy of {show_count(tokens)} tokens"
 
 
 def _table(rows: Sequence[Row]) -> RenderableType:
@@ -155,6 +154,7 @@ def _again(made: Plan) -> str:
     return f"{train.activation_checkpointing} checkpointing{kept}"
 
 
+_NO_SPEED = "No speed is planned: name a card (--gpu rtx4090), or measure: nibble plan --calibrate"
 _MEASURED = "Bytes and speed are planned. Quality was measured in runs of nibble:"
 _UNMEASURED = "Bytes and speed are planned. No quality was measured."
 
