@@ -212,7 +212,8 @@ def _rows(
     )
     run = _run(recipe, assembly, place, folder)
     for word in batches:
-        # A run of its own for each size, so that none finds the graphs of another.
+        # A run of its own for each size: none finds the graphs of another, nor their memory.
+        gc.collect()
         _measure(options, assembly, replace(run), word=word, about=about)
 
 
