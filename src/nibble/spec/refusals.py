@@ -132,7 +132,7 @@ REFUSED: dict[str, str] = {
     "resume": "use `nibble train --resume`",
     "overwrite_output_dir": "name another output_dir: remove it",
     "max_steps_per_epoch": "give train.max_steps",
-    "auto_find_batch_size": "`nibble plan` finds what fits: remove it",
+    "auto_find_batch_size": "give fit: auto, which finds the largest that fits",
     "do_eval": "there is an evaluation whenever there is held-out data: remove it",
     "logging_first_step": "metrics.jsonl has every step: remove it",
     "load_best_model_at_end": "the last checkpoint is the result: remove it",
