@@ -15,8 +15,8 @@ by a backward that does not. The host runs ahead of the device through a whole s
                traffic (a multiple of what blocks keep), logits, gradients, the optimiser's pass
     bus        streamed blocks once forward and once backward; activations that wait on the host;
                what devices send each other, where the card has no link of its own
-    launches   kernels a block by how it is built, times what Python takes around each; none of a
-               pass that is replayed as a CUDA graph
+    launches   kernels a block by how it is built, times what Python takes around each; hardly any
+               in a pass that is replayed as a CUDA graph
 
 The constants below were fitted on one H200 to the rows of bench/results (tests/spec/test_speed.py
 has planned and measured side by side). A card brings its own rates (`hardware.toml`, or
@@ -63,6 +63,8 @@ KERNELS_PER_UPDATE, KERNELS_PER_PROJECTED = 0.5, 10.0
 """Of a trained tensor's update."""
 HOST_FUSED, HOST_UNFUSED = 6.0, 4.0
 """Python's time around a kernel, in bare launches: functions of our own, and torch's."""
+REPLAYED_S = 2e-6
+"""From kernel to kernel of a graph, however small they are."""
 SYNCHRONISED_SHARE = 0.4
 """Of the host's time, in which the device waits when each layer asks it for outliers (int8)."""
 
@@ -209,10 +211,11 @@ def estimate(
     forward, backward = count.stage(FORWARD, hardware), count.stage(BACKWARD, hardware)
     python = HOST_FUSED if work.fused else HOST_UNFUSED
     is_replayed = wish(recipe) != "off" and not count.synchronises and not hardware.is_cpu
-    kernels = (0.0 if is_replayed else passes * count.kernels()) + count.update_kernels()
+    each_s = REPLAYED_S if is_replayed else python * hardware.launch_s
+    launches_s = passes * count.kernels() * each_s
+    launches_s += count.update_kernels() * python * hardware.launch_s
     if placement_kind(recipe.place, devices.total) == "dp":
-        kernels *= devices.per_machine  # one process launches for all
-    launches_s = kernels * python * hardware.launch_s
+        launches_s *= devices.per_machine  # one process launches for all
     return flops * devices.total, Speed(
         forward=forward.times(passes),
         backward=backward.times(passes),
