@@ -48,15 +48,15 @@ def _share(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _slope(x, share, KIND: tl.constexpr):
-    """The slope of p at x."""
+def _bend(x, share, KIND: tl.constexpr):
+    """x p'(x)."""
     if KIND == 0:
-        slope = share * (1.0 - share)
+        bend = x * share * (1.0 - share)
     elif KIND == 1:
-        slope = share * (1.0 - share) * (SLOPE * (1.0 + 3.0 * CUBIC * x * x))
+        bend = x * share * (1.0 - share) * (SLOPE * (1.0 + 3.0 * CUBIC * x * x))
     else:
-        slope = INVERSE_ROOT_PI * tl.exp(-0.5 * x * x)
-    return slope
+        bend = x * INVERSE_ROOT_PI * tl.exp(-0.5 * x * x)
+    return bend
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _gate_backward_kernel(
     by_output = tl.load(grad + row * num_columns + column, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     share = _share(x, KIND)
-    by_gate = share + x * _slope(x, share, KIND)
+    by_gate = share + _bend(x, share, KIND)
     by_active = by_output
     if HAS_UP:
         factor = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)

@@ -97,9 +97,9 @@ def gate_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by gate and up. A twin may write them where gate and up were: use those no more."""
     wide, by_output = gate.float(), grad.float()
-    share, slope = _share(wide, activation)
+    share, bend = _share(wide, activation)
     by_active = by_output if up is None else by_output * up.float()
-    grad_gate = by_active * (share + wide * slope)
+    grad_gate = by_active * (share + bend)
     if up is None:
         return grad_gate.to(gate.dtype), None
     active = (wide * share).to(gate.dtype)
@@ -107,13 +107,13 @@ def gate_backward(
 
 
 def _share(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """p(x) of act(x) = x p(x), and its slope."""
+    """p(x) of act(x) = x p(x), and x p'(x)."""
     if activation == "gelu":
         density = INVERSE_ROOT_2_PI * torch.exp(-0.5 * x * x)
-        return 0.5 * (1.0 + torch.erf(x * INVERSE_ROOT_2)), density
+        return 0.5 * (1.0 + torch.erf(x * INVERSE_ROOT_2)), x * density
     if activation == "silu":
         share = torch.sigmoid(x)
-        return share, share * (1.0 - share)
+        return share, x * share * (1.0 - share)
     square = x * x
     share = torch.sigmoid(GELU_SLOPE * x * (1.0 + GELU_CUBIC * square))
-    return share, share * (1.0 - share) * (GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * square))
+    return share, x * share * (1.0 - share) * (GELU_SLOPE * (1.0 + 3.0 * GELU_CUBIC * square))
