@@ -55,8 +55,8 @@ REFRESH_PRODUCTS = {"svd": 5800.0, "randomised": 38.0, "random": 38.0, "seeded":
 """A new basis, in projections of its matrix: 231 and 1.54 s against 40 ms (7B, rank 1024)."""
 KERNELS_FUSED, KERNELS_UNFUSED = (16.0, 4.0), (55.0, 6.0)
 """Kernels of a block in each direction, and more for each adapter."""
-KERNELS_PER_PACKED = {"int8": 4.0}
-"""Kernels of a packed linear in each direction; others have one, that unpacks."""
+KERNELS_PER_PACKED, KERNELS_PER_EAGER_INT8 = 1.0, 4.0
+"""Kernels of a packed linear in each direction: unpacking or rounding; int8's eager steps."""
 KERNELS_PER_GATHERED = 7.0
 """Of each linear of a sharded block, in each direction, for its collectives and copies."""
 KERNELS_PER_UPDATE, KERNELS_PER_PROJECTED = 0.5, 10.0
@@ -66,7 +66,8 @@ HOST_FUSED, HOST_UNFUSED = 6.0, 4.0
 REPLAYED_S = 2e-6
 """From kernel to kernel of a graph, however small they are."""
 SYNCHRONISED_SHARE = 0.4
-"""Of the host's time, in which the device waits when each layer asks it for outliers (int8)."""
+"""Of the host's time, in which the device waits when each layer asks it for outliers (int8's eager
+steps; the kernels keep the answer on the device)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,12 @@ class _Count:
     @property
     def synchronises(self) -> bool:
         """Whether the host asks the device for outliers in every linear."""
-        return self.is_int8 and self.stock.spec is not None and self.stock.spec.int8_threshold > 0
+        spec = self.stock.spec
+        return self.is_eager_int8 and spec is not None and spec.int8_threshold > 0
+
+    @property
+    def is_eager_int8(self) -> bool:
+        return self.is_int8 and self.recipe.quant.kernels in ("eager", "bitsandbytes")
 
     def flops(self, stage: str) -> tuple[float, float, float]:
         """FLOPs of 16-bit products, of int8 products and of attention."""
@@ -316,7 +322,8 @@ class _Count:
         block, each = KERNELS_FUSED if self.work.fused else KERNELS_UNFUSED
         one = block + each * len(stock.adapted) / layers
         if stock.num_packed and stock.spec is not None:
-            one += KERNELS_PER_PACKED.get(stock.spec.name, 1.0) * linears
+            each = KERNELS_PER_EAGER_INT8 if self.is_eager_int8 else KERNELS_PER_PACKED
+            one += each * linears
         if placement_kind(self.recipe.place, self.devices.total) in ("fsdp", "deepspeed"):
             one += KERNELS_PER_GATHERED * linears
         return layers * one * (2 + self.blocks.again_share)
@@ -364,7 +371,8 @@ class _Count:
         return float(moved)
 
     def _int8_traffic(self) -> float:
-        """Inputs are read and quantised, sums of int32 written, read and scaled."""
+        """Inputs are read and rounded, results written; the eager steps also write and read sums of
+        int32."""
         outputs, inputs = self.stock.architecture.linear_widths
         e = self.work.element
         return float(self.work.tokens * ((e + 2) * inputs + (8 + e) * outputs))
