@@ -327,12 +327,13 @@ def prepare(options: argparse.Namespace) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(words))
-    _write_tokenizer(folder, config.vocab_size)
+    write_tokenizer(folder, config.vocab_size)
     size = (folder / "model.safetensors").stat().st_size
     say(bench="prepared", seconds=round(time.perf_counter() - began, 1), gib=round(size / GIB, 2))
 
 
-def _write_tokenizer(folder: Path, size: int) -> None:
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of `size` words: <s>, </s>, <pad>, <unk>, w4, w5, ..."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
