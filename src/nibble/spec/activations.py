@@ -150,21 +150,17 @@ def backward_bytes(shape: Architecture, work: Work, *, block: int) -> int:
     kept = kept_by_block(shape, work, block=block)
     all_of_it = sum(kept.values())
     mlp = sum(kept.get(name, 0) for name in MLP_PARTS)
-    passing = 2 * input_bytes(shape, work)
+    passing = input_bytes(shape, work)
     weights = _weight_gradients(shape, work, block)
     inner = kept.get("input of MLP output", 0)
-    first = all_of_it + max(_mlp_workspace(shape, work, inner), _norm_workspace(shape, work))
+    norm = _norm_workspace(shape, work)
+    first = all_of_it + max(_mlp_workspace(shape, work, inner), norm) + passing
     second = all_of_it - inner + weights["MLP output"] + weights["MLP input"]
-    third = all_of_it - mlp + _attention_workspace(shape, work)
-    if not work.grows:
-        second = 0
-    return (
-        max(
-            first + weights["MLP output"],
-            second,
-            third + weights["MLP output"] + weights["MLP input"] + weights["attention output"],
-        )
-        + passing
+    third = all_of_it - mlp + _attention_workspace(shape, work) + 2 * passing
+    return max(
+        first + weights["MLP output"],
+        second + 2 * passing if work.grows else 0,
+        third + weights["MLP output"] + weights["MLP input"] + weights["attention output"],
     )
 
 

@@ -187,7 +187,7 @@ def phase(name: str, run: Run) -> Phase:
         "save": _save_moments,
         MERGE: _merge_moments,
     }[name](run)
-    moment, extra = max(moments.items(), key=lambda item: sum(item[1].values()))
+    moment, extra = max(moments.items(), key=lambda item: sum((held | item[1]).values()))
     device = {category: extra.get(category, held.get(category, 0)) for category in CATEGORIES}
     if not run.on_cpu:
         device["allocator"] = int(ALLOCATOR_SHARE * sum(device.values()))
