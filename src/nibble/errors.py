@@ -60,3 +60,7 @@ class ExportError(NibbleError):
 
 class TrainingError(NibbleError):
     """Training cannot go on: the loss or a gradient is not finite."""
+
+
+class NibbleWarning(UserWarning):
+    """What a person should know although the run goes on."""

@@ -6,6 +6,8 @@ copies whose parameters are tensors with a gradient, rows dealt out, results joi
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from test_single import fill, tiny, truth
 from torch import nn
 
 from nibble.data import Batch
-from nibble.errors import ConfigError, PlacementError
+from nibble.errors import ConfigError, NibbleWarning, PlacementError
 from nibble.nn.adapters import adapt_, finish_loading_, reset_parameters_
 from nibble.nn.quant import quantize_
 from nibble.place import Group, dp
@@ -103,7 +105,7 @@ def test_copies_compute_what_one_device_does(
     )
     checkpoint = dp.checkpoint
     monkeypatch.setattr(dp, "checkpoint", lambda *a, **w: (calls.append(1), checkpoint(*a, **w))[1])
-    with pytest.warns(UserWarning, match=r"place\.kind=ddp gives the same gradients, .*fast"):
+    with pytest.warns(NibbleWarning, match=r"place\.kind=ddp gives the same gradients, .*fast"):
         place = dp.DataParallel(Place(device="cpu"), Group.alone(CPU))
     loss, gradients = step(*model_of(place, policy, quant))
     expected, truths = step(*model_of(one_device(Place(device="cpu")), policy, quant))
@@ -134,6 +136,22 @@ def test_the_warning_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert dp.advice().endswith("place.kind=ddp gives the same gradients, faster")
     monkeypatch.setattr(dp, "DDP_TIMES", 2.5)
     assert "gradients, 2.5 times as fast on Llama-3-8B QLoRA" in dp.advice()
+
+
+def test_a_command_shows_the_warning_as_a_note() -> None:
+    """It silences libraries' warnings, but not ours."""
+    program = (
+        "import warnings\n"
+        "from nibble.cli.quiet import quiet_libraries\n"
+        "from nibble.errors import NibbleWarning\n"
+        "quiet_libraries()\n"
+        "warnings.warn('of a library')\n"
+        "warnings.warn('place.kind=ddp is faster', NibbleWarning)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stderr == "note: place.kind=ddp is faster\n"
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

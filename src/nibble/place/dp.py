@@ -28,7 +28,7 @@ from torch.nn.parallel.scatter_gather import scatter_kwargs
 from torch.utils.checkpoint import checkpoint
 
 from nibble.data import Batch
-from nibble.errors import PlacementError
+from nibble.errors import NibbleWarning, PlacementError
 from nibble.models import Built
 from nibble.place.activations import Activations
 from nibble.place.base import Memory
@@ -61,7 +61,7 @@ class DataParallel(Single):
         if place.vram is not None:
             for device in self.devices[1:]:
                 cap_vram(device, parse_bytes(place.vram))
-        warnings.warn(advice(), stacklevel=3)
+        warnings.warn(advice(), NibbleWarning, stacklevel=3)
 
     def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
         """Everything on the first device; the decoder's forward deals its rows out.
