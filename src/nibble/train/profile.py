@@ -86,7 +86,10 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._running = torch.profiler.profile(
-            activities=kinds, profile_memory=profile.memory, record_shapes=True
+            activities=kinds,
+            profile_memory=profile.memory,
+            record_shapes=True,
+            acc_events=True,  # there is one cycle; without it torch warns that others are lost
         )
         self._running.__enter__()
 
