@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nibble.errors import PlacementError
 from nibble.place import PLACEMENTS, Group, placement, resolved
+from nibble.place import group as group_module
 from nibble.place.single import Single
 from nibble.spec.config import Place, Recipe
 
@@ -31,6 +33,18 @@ def test_every_word_of_a_recipe_has_a_class() -> None:
     from nibble.spec.config import PlacementName
 
     assert set(PLACEMENTS) == set(get_args(PlacementName)) - {"auto"}
+
+
+@pytest.mark.parametrize(("has_nccl", "backend"), [(True, "nccl"), (False, "gloo")])
+def test_gloo_carries_everything_where_nccl_is_absent(
+    has_nccl: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(dist, "init_process_group", lambda words, **_: asked.append(words))
+    group_module._join(torch.device("cuda", 0), rank=0, world=2, timeout_s=1.0)
+    group_module._join(torch.device("cpu"), rank=0, world=2, timeout_s=1.0)
+    assert asked == [f"cpu:gloo,cuda:{backend}", "cpu:gloo,cuda:gloo"]
 
 
 @pytest.mark.parametrize("kind", ["single", "dp"])

@@ -40,6 +40,7 @@ def train_recipe(recipe: Recipe, start: Start) -> None:
     when the run was interrupted and saved.
     """
     check_trainable(recipe)
+    os.environ.setdefault(*QUIET)  # before torch is imported, for machines and processes to meet
     resume = start.resume or (start.resume_if_begun and holds_run(recipe))
     launch = detect(os.environ)
     nodes = _nodes(start, launch)
@@ -61,7 +62,6 @@ def train_recipe(recipe: Recipe, start: Start) -> None:
         typed=tuple(sys.argv),
         debug="--debug" in sys.argv,
     )
-    os.environ.setdefault(*QUIET)  # before torch is imported, for machines to meet
     supervise(
         recipe,
         job,
