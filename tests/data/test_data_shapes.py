@@ -77,6 +77,20 @@ def test_rows_of_one_document_keep_their_length() -> None:
     assert of_few_shapes(plain, offsets=False).offsets is None
 
 
+def test_rows_of_one_document_have_few_lengths_if_asked() -> None:
+    lengths = set()
+    for length in range(128, 1025):
+        batch = packed([[length]], every=3)
+        plain = Batch(**{**vars(batch), "position_ids": None})
+        shaped = of_few_shapes(plain, few_lengths=True)
+        found = shaped.input_ids.shape[1]
+        assert length <= found <= 1.25 * length and shaped.labels.shape == shaped.input_ids.shape
+        assert torch.equal(shaped.labels[:, :length], plain.labels)
+        assert (shaped.labels[:, length:] == IGNORE).all()
+        lengths.add(found)
+    assert len(lengths) == 3 * 4 + 1
+
+
 def test_a_classifiers_batch_is_left_alone() -> None:
     batch = packed([[8]])
     batch = Batch(**{**vars(batch), "labels": torch.tensor([1])})

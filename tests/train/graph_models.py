@@ -52,6 +52,8 @@ class Case:
     steps: int = 5
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    ragged: bool = False
+    """Rows that are not packed have other lengths in every batch."""
     answers: bool = False
     """Only some positions have a target, and how many differs."""
 
@@ -75,7 +77,8 @@ def make_batch(case: Case, seed: int) -> Batch:
     def random(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    length, lengths = case.length, tuple((case.length,) for _ in range(case.rows))
+    length = case.length - (random(0, case.length // 4) if case.ragged else 0)
+    lengths = tuple((length,) for _ in range(case.rows))
     if case.packed:
         length -= random(0, max(1, case.length // 32))
         cuts = [sorted({0, length, *(random(1, length) for _ in range(4))}) for _ in lengths]

@@ -31,6 +31,7 @@ CASES = {
     "packed": replace(BASE, packed=True),
     "packed answers": replace(BASE, packed=True, answers=True, accumulation=3),
     "answers": replace(BASE, answers=True),
+    "rows of many lengths": replace(BASE, ragged=True, steps=8),
     "int8 lora": replace(BASE, quant="int8"),
     "int8 lora, recomputed": replace(BASE, quant="int8", policy="full"),
     "hqq dora": replace(BASE, quant="hqq", adapter="dora"),
@@ -59,7 +60,7 @@ def test_replays_are_eager_passes(
     on = train(case, tmp_path / "on", graphs="on")
     assert any("run as a CUDA graph" in note for note in on.notes), say(name, on.notes)
     # Other shapes and another attention: bf16 noise, also of what AdamW makes of it.
-    assert distance(off, on) < (0.1 if case.packed or case.answers else 0.05)
+    assert distance(off, on) < (0.1 if case.packed or case.answers or case.ragged else 0.05)
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 0)
     eager = train(case, tmp_path / "eager", graphs="on")
     assert not any("run as a CUDA graph" in note for note in eager.notes)

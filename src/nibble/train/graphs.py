@@ -46,7 +46,7 @@ from nibble.spec.units import show_bytes
 
 NUM_WARMUP = 2
 """Eager passes of the first shape; the last of them is observed."""
-MAX_GRAPHS = 8
+MAX_GRAPHS = 16
 HOST_SHARE = 0.75
 """`auto`: of the device's time, what the host must need for a recording to pay."""
 MAX_GRAD_BYTES = 1 << 30
@@ -79,7 +79,8 @@ class _Shape:
 class Passes:
     """Runs the micro-batches of a run, recorded where that can be had.
 
-    `parameters`: what is trained. `always`: record even where it does not pay. `note` is told what
+    `parameters`: what is trained. `always`: record even where it does not pay, and pad rows that
+    are not packed to few lengths. `note` is told what
     is recorded, and what is not and why. `offsets`: attention takes offsets of documents.
     """
 
@@ -119,7 +120,7 @@ class Passes:
 
         num_targets: of the whole step. scale: of the loss, for backward. last: of the step.
         """
-        batch = of_few_shapes(batch, offsets=self._offsets)
+        batch = of_few_shapes(batch, offsets=self._offsets, few_lengths=self._always)
         shape = self._shapes.setdefault(signature(batch), _Shape())
         self._count.fill_(max(num_targets, 1))
         self._scale.fill_(scale)
