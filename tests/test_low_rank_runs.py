@@ -116,6 +116,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "adapter.rank=8",
         "optim.learning_rate=2e-2",
     ),
+    "int8": ("optim.method=q-galore", "optim.weights=int8", "train.precision=bf16"),
+    "int8-layerwise": ("optim.weights=int8", "optim.layerwise=true", "optim.basis=randomised"),
     "lazy-int4": ("optim.lazy_threshold=0.3", "optim.basis_storage=int4", "optim.layerwise=true"),
 }
 
@@ -261,3 +263,43 @@ def test_accumulated_passes_are_one_batch(
         lines = (tmp_path / str(rows) / "metrics.jsonl").read_text().splitlines()
         losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_int8_weights_are_kept_as_codes_and_used_as_an_ordinary_model(
+    shape: Path, texts: Path, tmp_path: Path
+) -> None:
+    from nibble.cli.exporting import export
+    from nibble.cli.loading import load, resolve
+    from nibble.numerics import int8_weights
+
+    words = ("optim.method=q-galore", "optim.weights=int8", "train.precision=bf16")
+    trained(recipe(shape, texts, tmp_path / "run", *words, steps=3))
+    kept = load_file(tmp_path / "run" / "checkpoint-3" / "trained.safetensors")
+    stem = "model.layers.1.mlp.down_proj"
+    assert f"{stem}.weight" not in kept and kept[f"{stem}.codes"].dtype == torch.int8
+    assert sum(name.endswith(".codes") for name in kept) == 14
+    folder = str(tmp_path / "run")
+    export(folder, to="hf", out=tmp_path / "plain", max_divergence=None, device="cpu")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(value.dtype == torch.bfloat16 for value in plain.values())
+    weight = int8_weights.decode(
+        kept[f"{stem}.codes"], kept[f"{stem}.scales"], dtype=torch.bfloat16
+    )
+    assert torch.equal(plain[f"{stem}.weight"], weight)
+    used = load(resolve(folder, device="cpu")).model
+    assert torch.equal(used.get_parameter(f"{stem}.weight"), weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("adapter.kind=lora",), "optim.weights=int8 with adapter.kind=lora"),
+        (("place.kind=ddp", "place.num_devices=2"), "optim.weights=int8 with place.num_devices=2"),
+        (("place.kind=fsdp",), "optim.weights=int8 with place.kind=fsdp"),
+    ],
+)
+def test_int8_weights_of_a_part_are_refused(
+    words: tuple[str, ...], message: str, shape: Path, texts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(shape, texts, tmp_path, "optim.weights=int8", *words)

@@ -33,10 +33,12 @@ from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained, peak_memory
 from nibble.spec.config import Recipe
 from nibble.spec.graphs import wish
+from nibble.spec.methods import has_int8_weights
 from nibble.spec.plan import Plan
 from nibble.train.checkpoint import TRAINED, Checkpoints
 from nibble.train.fitting import fitted
 from nibble.train.folder import RunFolder, gather_versions
+from nibble.train.int8_weights import keep_
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
 from nibble.train.planned import advice, decided, plan_run, to_text
 from nibble.train.profile import Profiler
@@ -323,6 +325,8 @@ def _load(
         parameters=trained,
         place=place,
     )
+    if has_int8_weights(recipe.optim):
+        state.instead = keep_(optimizer, model)
     if recipe.optim.restart_every is not None:
         restart_every_(
             recipe.optim.restart_every,

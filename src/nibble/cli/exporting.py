@@ -10,6 +10,7 @@ from nibble.cli.loading import resolve, trained_file
 from nibble.cli.progress import loading_bar
 from nibble.cli.quiet import quiet_libraries
 from nibble.place.single import one_device
+from nibble.train.int8_weights import DenseTensors
 from nibble.use.assemble import assemble
 from nibble.use.export import check_kind
 from nibble.use.export import export as write
@@ -37,7 +38,7 @@ def export(
     with loading_bar(f"export {to}") as advance:
         done = write(
             recipe,
-            TensorFile(file),
+            DenseTensors(TensorFile(file)),
             kind=to,
             folder=out or run / f"export-{to}",
             batches=[place.batch(batch) for batch in held_out.batches],

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nibble.errors import ConfigError
+from nibble.errors import ConfigError, WeightError
 from nibble.numerics import int8_weights
 from nibble.numerics.rows import row_chunks
 
@@ -58,6 +58,21 @@ class Int8Linear(nn.Module):
         for rows in row_chunks((self.out_features, self.in_features), dense.device):
             dense[rows] = int8_weights.decode(self.codes[rows], self.scales[rows], dtype=dtype)
         return dense
+
+    @torch.no_grad()
+    def load_(self, value: Tensor) -> None:
+        """Take the values of a float weight [out, in], rounded to nearest, some rows at a time.
+
+        Raises WeightError for another shape.
+        """
+        if value.shape != self.codes.shape:
+            raise WeightError(
+                f"a weight of shape {list(value.shape)} does not fit an INT8 linear of "
+                f"{list(self.codes.shape)}: config.json is of another model"
+            )
+        for rows in row_chunks((self.out_features, self.in_features), self.codes.device):
+            codes, scales = int8_weights.encode(value[rows].to(self.codes.device), bits=None)
+            self.codes[rows], self.scales[rows] = codes, scales
 
     def extra_repr(self) -> str:
         """Features, as nn.Linear shows them."""

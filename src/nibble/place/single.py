@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from nibble.data import Batch
-from nibble.errors import WeightError
+from nibble.errors import ConfigError, WeightError
 from nibble.models import Built, materialise
 from nibble.nn.adapters import locate
+from nibble.nn.int8_weights import Int8Linear
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.optim import clip_grad_norm_
 from nibble.optim.shards import ShardView, whole
@@ -32,6 +33,7 @@ from nibble.place.devices import cap_vram, pick_device
 from nibble.place.group import Group
 from nibble.place.reduce import Reducer, agree_
 from nibble.spec.config import Optim, Place
+from nibble.spec.methods import has_int8_weights
 from nibble.spec.units import parse_bytes
 
 
@@ -62,7 +64,15 @@ class Single:
         return 1
 
     def expect(self, optim: Optim) -> None:
-        """Whatever it is, parameters are whole."""
+        """Parameters are whole, so it may be anything but what steps codes, which do not add up.
+
+        Raises ConfigError for INT8 weights on several devices.
+        """
+        if self.world > 1 and has_int8_weights(optim):
+            raise ConfigError(
+                f"optim.weights=int8 on {self.world} devices: codes are updated on one; use "
+                "place.num_devices=1, or optim.weights=float"
+            )
 
     def arrange(self, built: Built, *, activations: Activations) -> nn.Module:
         """Empty storage on the device for every parameter and buffer; blocks wrapped as asked."""
@@ -110,6 +120,9 @@ class Single:
         if isinstance(owner, QuantLinear) and leaf == "weight":
             owner.load_(value)
             return list(owner.stored().values())
+        if isinstance(owner, Int8Linear) and leaf == "weight" and isinstance(value, Tensor):
+            owner.load_(value)
+            return [owner.weight, owner.codes, owner.scales]
         return [self._copy(owner, leaf, name, value)]
 
     def _copy(self, owner: nn.Module, leaf: str, name: str, value: Tensor | PackedWeight) -> Tensor:
@@ -158,7 +171,8 @@ class Single:
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name; tied ones once."""
         found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._views = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._views = {name: whole(tensor) for name, tensor in tensors}
         self._trained = found
         return found
 

@@ -14,7 +14,7 @@ from .builtin_models import is_builtin
 from .config import Recipe
 from .effects import NO_ADAPTER, Predicate, projects, quantised
 from .graphs import cannot_be_recorded
-from .methods import low_rank
+from .methods import has_int8_weights, low_rank
 from .texts import show
 
 DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
@@ -61,6 +61,15 @@ def _wants_the_whole_step(r: Recipe) -> str:
         return f"train.gradient_accumulation_steps={r.train.gradient_accumulation_steps}"
     if r.train.precision == "fp16":
         return "train.precision=fp16"
+    return "" if r.place.kind in ("auto", "single") else f"place.kind={r.place.kind}"
+
+
+def _beyond_one_whole_model(r: Recipe) -> str:
+    """What takes several devices or trains something else than the model, or an empty string."""
+    if r.adapter.kind != "none":
+        return f"adapter.kind={r.adapter.kind}"
+    if (r.place.num_devices or 1) > 1:
+        return f"place.num_devices={r.place.num_devices}"
     return "" if r.place.kind in ("auto", "single") else f"place.kind={r.place.kind}"
 
 
@@ -179,6 +188,15 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
             f"optim.in_backward with {_wants_the_whole_step(r)}: parameters step before the whole "
             "gradient is known; use optim.max_grad_norm=null, "
             "train.gradient_accumulation_steps=1, bf16 or fp32 and one device, or in_backward=false"
+        ),
+    ),
+    Contradiction(
+        name="INT8 weights of a part",
+        holds=lambda r: has_int8_weights(r.optim) and bool(_beyond_one_whole_model(r)),
+        message=lambda r: (
+            f"optim.weights=int8 with {_beyond_one_whole_model(r)}: codes are updated where all of "
+            "the model is, and all of it is trained; use one device and adapter.kind=none, or "
+            "weights=float"
         ),
     ),
     Contradiction(

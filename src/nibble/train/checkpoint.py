@@ -38,6 +38,7 @@ from torch import Tensor
 
 from nibble.errors import CheckpointError
 from nibble.place.base import Placement
+from nibble.train.int8_weights import DenseFile
 from nibble.train.optimizer_state import read_optimizer, write_optimizer
 from nibble.train.state import Numbers, TrainState, rng_state, seed_everything, set_rng_state
 from nibble.train.whole import Piece, WholeFile, rows_of, write_whole
@@ -216,7 +217,7 @@ def read_numbers(folder: Path) -> Numbers:
 def load(folder: Path, state: TrainState) -> None:
     """Put a checkpoint into a state that was built from the same recipe."""
     numbers = read_numbers(folder)
-    load_trained(folder, state.trained(), state.place)
+    load_trained(folder, state.kept(), state.place)
     if (folder / OLD_OPTIMIZER).is_file():
         _load_old(folder, state)
     else:
@@ -245,6 +246,8 @@ def load_trained(
     """
     path = folder / TRAINED
     file = WholeFile(path)
+    if file.names != set(parameters):
+        file = DenseFile(path)  # a model to be used, of weights that were trained as INT8
     different = sorted(file.names ^ set(parameters))
     if different:
         where = "the checkpoint" if different[0] in file.names else "the model"
@@ -277,7 +280,7 @@ def _write_trained(folder: Path, state: TrainState) -> None:
     place = state.place
     pieces = {
         name: Piece.of(p.detach(), None if place is None else place.view(name))
-        for name, p in state.trained().items()
+        for name, p in state.kept().items()
     }
     write_whole(folder / TRAINED, pieces, place)
 

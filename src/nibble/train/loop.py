@@ -293,7 +293,7 @@ class _Run:
     def save(self) -> Path:
         """Write a checkpoint of a state that is known to be finite."""
         self.log()
-        bad = all_finite(self.state.trained())
+        bad = all_finite(self.state.kept())
         # Where weights are split, only one process may hold the bad one.
         if self._sum([int(bad is not None)]) != [0]:
             where = "a weight of another process" if bad is None else f"the weight {bad}"

@@ -95,6 +95,14 @@ class TrainState:
     num_tokens: int = 0
     parameters: Mapping[str, nn.Parameter] | None = None
     place: Placement | None = None
+    instead: Mapping[str, Mapping[str, Tensor]] | None = None
+    """Of stand-ins among the parameters: the tensors, by name, that hold their values."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: what learns, and the values of stand-ins."""
+        instead = self.instead or {}
+        found: dict[str, Tensor] = {n: p for n, p in self.trained().items() if n not in instead}
+        return found | {name: t for own in instead.values() for name, t in own.items()}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, or their parts that live here, by name; tied ones once."""

@@ -8,6 +8,7 @@ placement; `lazy.LazyModel` takes the same assembly and fills one block at a tim
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from nibble.nn.adapters import (
 from nibble.nn.expand import Expansion, expand_
 from nibble.nn.factorised import factorise_, factorised
 from nibble.nn.fused import FusedSummary, fuse_
+from nibble.nn.int8_weights import int8_linears_
 from nibble.nn.merging import merged_weights
 from nibble.nn.quant import PackedWeight, quantize_
 from nibble.place.activations import Activations
@@ -36,7 +38,7 @@ from nibble.place.base import Placement
 from nibble.spec.builtin_models import is_builtin, rounded_vocabulary
 from nibble.spec.config import Model, Recipe
 from nibble.spec.formats import FormatSpec, format_spec
-from nibble.spec.methods import has_int8_weights
+from nibble.spec.methods import has_int8_weights, low_rank, reasons
 from nibble.use import packed
 from nibble.weights import Stream, open_weights, stream
 
@@ -126,8 +128,6 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     words = recipe.model
     if words.task == "classification" and words.num_labels is None and num_labels is not None:
         words = words.model_copy(update={"num_labels": num_labels})
-    if to_train:
-        _check_weights(recipe)
     words = _with_vocabulary(words)
     recipe = recipe.model_copy(update={"model": words})
     built = build(words, dtype=storage_dtype(recipe))
@@ -163,6 +163,8 @@ def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = 
     keep = (*recipe.quant.keep, *(expansion.names if expansion else ()))
     quantize_(model, spec, keep=keep, kernels=recipe.quant.kernels)
     summary = _adapt(model, recipe, expansion=expansion, to_train=to_train)
+    if to_train and has_int8_weights(recipe.optim):
+        _train_as_int8(model, recipe)
     fused = None
     if recipe.train.fused_kernels:
         fused = fuse_(model, built.family.decoder(model), dtype=compute_dtype(recipe))
@@ -205,13 +207,25 @@ def _adapt(
     )
 
 
-def _check_weights(recipe: Recipe) -> None:
-    """Raise ConfigError for weights that only a script can train."""
-    if has_int8_weights(recipe.optim):
-        raise ConfigError(
-            "optim.weights=int8 can be planned but is not trained by a recipe yet: use "
-            "weights=float, or optim.keep_int8_ and nn.int8_weights in a script"
-        )
+def _train_as_int8(model: nn.Module, recipe: Recipe) -> None:
+    """Let the linears whose gradients are projected keep their weights as INT8.
+
+    Raises ConfigError for a projected tensor that is no linear's weight.
+    """
+    low = low_rank(recipe.optim)
+    assert low is not None, "INT8 weights are those of a low-rank recipe"
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    why = reasons(recipe.optim, shapes, low=low)
+    chosen = [name for name, reason in why.items() if reason is None]
+    for name in chosen:
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "weight" or type(model.get_submodule(owner)) is not nn.Linear:
+            raise ConfigError(
+                f"optim.weights=int8 keeps weights of linears, and {name} is none: name others in "
+                "optim.targets, or use optim.weights=float"
+            )
+    owners = "|".join(re.escape(name.removesuffix(".weight")) for name in chosen)
+    int8_linears_(model, f"^(?:{owners})$")
 
 
 def _with_vocabulary(words: Model) -> Model:
