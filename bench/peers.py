@@ -344,7 +344,8 @@ def write_tokenizer(folder: Path, size: int) -> None:
     made = Tokenizer(WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(str(folder))
+    made_fast = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=131072, **special)
+    made_fast.save_pretrained(str(folder))
 
 
 # ---------------------------------------------------------------- inputs
