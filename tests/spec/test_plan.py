@@ -18,7 +18,7 @@ from nibble.nn.factorised import factorise_
 from nibble.nn.quant import QuantLinear, quantize_
 from nibble.optim import build
 from nibble.optim.projected_grad import ProjectedGrad
-from nibble.spec.advice import Advice, _first_fit, advise, apply
+from nibble.spec.advice import Advice, Limits, _first_fit, advise, advise_host, apply
 from nibble.spec.arch import Architecture, from_config
 from nibble.spec.choices import CHOICES, Choice, Setting, differs, override, refusal_of
 from nibble.spec.config import MethodName, Recipe
@@ -451,7 +451,25 @@ def test_advice_covers_what_can_be_chosen() -> None:
 
 
 def _alone(made: Plan, choice: Choice, limit: int) -> Advice | None:
-    return _first_fit(made, [], choice, limit)
+    return _first_fit(made, [], choice, Limits(device_bytes=limit))
+
+
+def test_host_memory_that_will_not_do_is_answered_too() -> None:
+    shape = from_config(LLAMA_8B)
+    r = recipe(
+        adapter={"kind": "lora"}, place={"kind": "stream", "ram": "12GiB"},
+        data={"max_length": 2048}, train={"activation_offload": True},
+    )  # fmt: skip
+    made = plan(r, architecture=shape, hardware=hardware("rtx4090"))
+    with pytest.raises(PlanError) as raised:
+        made.check_host()
+    message = str(raised.value)
+    assert "of host memory" in message and "would fit: place.kind=auto (" in message
+    for advice in advise_host(made, 12 * GIB):
+        again = plan(apply(r, advice.overrides), architecture=shape, hardware=hardware("rtx4090"))
+        assert again.host_bytes == advice.bytes <= 12 * GIB and again.fits()
+    with pytest.raises(PlanError, match=r"take fewer devices, or raise place\.ram"):
+        made.check_host(GIB)
 
 
 def test_the_recipes_cap_is_one_on_the_allocator() -> None:

@@ -166,7 +166,7 @@ PLACES: list[tuple[str, Architecture, float, float | None, Devices, list[str]]] 
     ("qlora", LLAMA_8B, 8, 9, ONE, []),
     ("lora", LLAMA_8B, 24, 64, ONE, []),
     ("lora", LLAMA_8B, 24, 64, TWO, ["fit.allow=[optimizer,rank]", "place.kind=fsdp"]),
-    ("full", LLAMA_8B, 80, None, TWO, ["fit.allow=[method]"]),
+    ("full", LLAMA_8B, 80, None, TWO, ["fit.allow=[method,rank]"]),
     ("dora", LLAMA_8B, 16, 32, TWO, ["train.micro_batch_size=2"]),
     ("galore", SMALL, 2, None, ONE, ["fit.allow=[rank]"]),
     ("llama-pro", LLAMA_8B, 24, 64, ONE, []),

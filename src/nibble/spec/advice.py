@@ -57,16 +57,41 @@ def words_of(overrides: Overrides) -> str:
     return " ".join(f"{key}={value}" for key, value in shown.items())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What advice has to fit into: bytes of a device (None: the plan's own limit), of the host."""
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+
+    def hold(self, plan: Plan) -> bool:
+        """Whether a plan is within both, and within the host memory that its recipe names."""
+        ram = plan.recipe.place.ram
+        hosts = [self.host_bytes, None if ram is None else parse_bytes(ram)]
+        return plan.fits(self.device_bytes) and all(
+            limit is None or plan.host_bytes <= limit for limit in hosts
+        )
+
+
 def advise(plan: Plan, limit_bytes: int) -> list[Advice]:
     """The changes that would fit into `limit_bytes`, gentlest first; empty if none does."""
-    single = [found for choice in CHOICES if (found := _first_fit(plan, [], choice, limit_bytes))]
+    return _advise(plan, Limits(device_bytes=limit_bytes))
+
+
+def advise_host(plan: Plan, host_bytes: int) -> list[Advice]:
+    """The changes that would fit into so much host memory, and still into the devices."""
+    return _advise(plan, Limits(host_bytes=host_bytes))
+
+
+def _advise(plan: Plan, limits: Limits) -> list[Advice]:
+    single = [found for choice in CHOICES if (found := _first_fit(plan, [], choice, limits))]
     if single:
         return single[:MAX_NAMED]
     pile: Pile = []
     for choice in CHOICES:
-        found = _first_fit(plan, pile, choice, limit_bytes)
+        found = _first_fit(plan, pile, choice, limits)
         if found is not None:
-            return [_lightened(plan, [*pile, _last(found, pile, plan)], found, limit_bytes)]
+            return [_lightened(plan, [*pile, _last(found, pile, plan)], found, limits)]
         last = list(_steps(plan, apply(plan.recipe, _merged(pile)), choice))
         if last:
             pile.append(last[-1])
@@ -97,17 +122,17 @@ def _steps(plan: Plan, recipe: Recipe, choice: Choice) -> Iterator[Overrides]:
             yield {k: v for k, v in values.items() if value_of(recipe, k) != v}
 
 
-def _lightened(plan: Plan, pile: Pile, advice: Advice, limit_bytes: int) -> Advice:
+def _lightened(plan: Plan, pile: Pile, advice: Advice, limits: Limits) -> Advice:
     """The advice without the changes that it does not need, the costliest taken off first."""
     for index in reversed(range(len(pile) - 1)):
         without = [*pile[:index], *pile[index + 1 :]]
-        lighter = _planned(plan, _merged(without), limit_bytes)
+        lighter = _planned(plan, _merged(without), limits)
         if lighter is not None:
             pile, advice = without, lighter
     return advice
 
 
-def _planned(plan: Plan, overrides: Overrides, limit_bytes: int) -> Advice | None:
+def _planned(plan: Plan, overrides: Overrides, limits: Limits) -> Advice | None:
     """The plan with these overrides, if it fits."""
     from nibble.spec.plan import plan as plan_again
 
@@ -125,18 +150,18 @@ def _planned(plan: Plan, overrides: Overrides, limit_bytes: int) -> Advice | Non
         )
     except ConfigError:
         return None  # a change that this model cannot take
-    ram = recipe.place.ram
-    if not other.fits(limit_bytes) or (ram and other.host_bytes > parse_bytes(ram)):
+    if not limits.hold(other):
         return None
-    needed = other.host_bytes if other.on_cpu else other.device_bytes
+    of_host = other.on_cpu or limits.host_bytes is not None
+    needed = other.host_bytes if of_host else other.device_bytes
     return Advice(overrides=overrides, bytes=needed)
 
 
-def _first_fit(plan: Plan, pile: Pile, choice: Choice, limit_bytes: int) -> Advice | None:
+def _first_fit(plan: Plan, pile: Pile, choice: Choice, limits: Limits) -> Advice | None:
     """The first value of a choice, on top of the pile, that fits."""
     beneath = _merged(pile)
     for overrides in _steps(plan, override(plan.recipe, beneath), choice):
-        found = _planned(plan, {**beneath, **overrides}, limit_bytes)
+        found = _planned(plan, {**beneath, **overrides}, limits)
         if found is not None:
             return found
     return None

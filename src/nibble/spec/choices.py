@@ -222,8 +222,8 @@ def _optimizer(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
 def _method(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
     """Low-rank gradients where everything is trained."""
     del setting
-    yield {"optim.method": recipe.optim.method, "optim.layerwise": recipe.optim.layerwise}
     optim = recipe.optim
+    yield {path: value_of(recipe, path) for path in ALLOWED["method"]}
     plain = optim.name in ("adamw", "adamw8bit") and optim.method == "none" and optim.rank is None
     if recipe.adapter.kind == "none" and plain:
         yield dict(LAYERWISE)

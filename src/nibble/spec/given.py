@@ -37,7 +37,7 @@ ALWAYS = (
 ALLOWED: dict[str, tuple[str, ...]] = {
     "format": ("quant.format",),
     "optimizer": ("optim.name", "optim.state"),
-    "method": ("optim.method", "optim.layerwise"),
+    "method": ("optim.method", "optim.layerwise", "optim.basis_storage"),
     "rank": ("adapter.rank", "adapter.alpha", "optim.rank"),
 }
 """Words of `fit.allow` and the settings that they free, also those that were given."""

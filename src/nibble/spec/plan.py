@@ -125,11 +125,14 @@ class Plan:
             return
         phase = max(self.run_phases, key=lambda p: p.host_bytes)
         largest = max(phase.host.items(), key=lambda item: item[1])
+        from nibble.spec.advice import advise_host
+
+        found = "; ".join(f"{a.words} ({show_bytes(a.bytes)})" for a in advise_host(self, limit))
         raise PlanError(
             f"needs {show_bytes(self.host_bytes)} of host memory ({phase.name}), "
             f"{show_bytes(limit)} are to be had; most of it is {HOST_CATEGORIES[largest[0]]} "
-            f"({show_bytes(largest[1])}): take another place.kind or fewer devices, or raise "
-            "place.ram"
+            f"({show_bytes(largest[1])}): "
+            + (f"would fit: {found}" if found else "take fewer devices, or raise place.ram")
         )
 
     def check(self, limit_bytes: int | None = None) -> None:

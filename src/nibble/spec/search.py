@@ -83,7 +83,7 @@ def search(
     ranks = [started]
     if is_free(started, RANK):
         legal = (override(started, values) for values in RANK.values(started, planner.setting))
-        ranks = [lower for lower in legal if refusal_of(started, lower) is None]
+        ranks = [lower for lower in legal if refusal_of(started, lower) is None] or ranks
     for ranked in ranks:
         made = Space(started=ranked, planner=planner, budget=budget).fastest()
         if made is not None:
