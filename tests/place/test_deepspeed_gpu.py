@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from processes import start
-from test_all_placements import make_base, make_data, of_single, same
-from test_deepspeed import STEPS, table
+from test_all_placements import make_base, make_data, of_single, ran, same
+from test_deepspeed import table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +22,7 @@ pytestmark = [
         reason='needs pip install "nibble[deepspeed]"',
     ),
 ]
+STEPS = 8
 CHOSEN = ("lora 3", "none 1", "dora 3")
 
 
@@ -31,9 +32,11 @@ def cases(root: Path) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         row["recipe"]["place"]["device"] = "cuda"
+        row["steps"] = STEPS
         found.append(row)
         if row["name"].endswith("lora 3"):
             half = json.loads(json.dumps({**row, "restore": False, "name": f"{row['name']} bf16"}))
+            half["single"] += " bf16"
             half["recipe"]["train"]["precision"] = "bf16"
             found.append(half)
     return found
@@ -65,7 +68,7 @@ def test_two_gpus_train_as_one_does(name: str, two: list[dict[str, Any]]) -> Non
 @pytest.mark.parametrize("name", [row["name"] for row in ROWS if row["restore"]])
 def test_a_run_goes_on_with_another_number_of_gpus(name: str, two: list[dict[str, Any]]) -> None:
     single = of_single(two, name)
-    for one in (two[0][f"{name} 2 to 1"], two[0][f"{name} 1 to 2"]):
+    for one in (ran(two, f"{name} 2 to 1"), ran(two, f"{name} 1 to 2")):
         assert min(one["losses"]) == STEPS // 2 + 1
         same(one, single, later=2e-4)
 
