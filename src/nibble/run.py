@@ -11,9 +11,9 @@ arrival; the loop does the rest and leaves a checkpoint behind, however it ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -22,24 +22,25 @@ from torch import nn
 
 from nibble import optim
 from nibble.data import Splits, make_loader, num_steps, one_pass, prepare
-from nibble.errors import ConfigError, DataError
+from nibble.errors import DataError
 from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
 from nibble.nn.merging import merged_weights
-from nibble.optim.schedules import factor, num_warmup_steps
 from nibble.place import Group, placement
 from nibble.place.activations import Activations
-from nibble.place.base import Memory, Placement, out_of_memory_is_explained, peak_memory
+from nibble.place.base import Memory, Placement, out_of_memory_is_explained
 from nibble.spec.config import Recipe
 from nibble.spec.graphs import wish
 from nibble.spec.methods import has_int8_weights
 from nibble.spec.plan import Plan
 from nibble.train.checkpoint import TRAINED, Checkpoints
+from nibble.train.checks import check_positions, check_schedule
 from nibble.train.fitting import fitted
 from nibble.train.folder import RunFolder, gather_versions
 from nibble.train.int8_weights import keep_
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
+from nibble.train.phase_memory import PhaseMemory, overall
 from nibble.train.planned import advice, decided, plan_run, to_text
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
@@ -63,6 +64,8 @@ class RunResult:
     summary: AdapterSummary
     plan: Plan | None
     memory: Memory
+    phases: Mapping[str, Memory] = field(default_factory=dict)
+    """Peaks of each phase, by the plan's names."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, stream: IO[str] | None = None) -> RunResult:
@@ -109,6 +112,7 @@ def _train(
         folder.write(DATA, _data_text(splits))
         planned = plan_run(assembly, place, group, note=report.note)
         assembly = decided(assembly, planned, note=report.note)
+        phases = PhaseMemory(place)
         with out_of_memory_is_explained(advice(planned, place)):
             state, settings = _load(assembly, splits, place, report)
             checkpoints = Checkpoints(
@@ -120,7 +124,7 @@ def _train(
             if resume and (found := checkpoints.resume(state)) is not None:
                 report.note(f"going on from {found}")
             report.begin(first_step=state.step, max_steps=settings.max_steps)
-            place.reset_memory()
+            phases.loaded()
             loss = place.around(
                 objective(
                     assembly.built.family,
@@ -137,9 +141,11 @@ def _train(
                 checkpoints=checkpoints,
                 evaluate=_evaluation(assembly, splits, state.model, place, loss),
                 profiler=_profiler(recipe, folder, place, report),
+                memory=phases,
             )
-        memory = peak_memory(place)
-        folder.write(PLAN, to_text(planned, memory))
+        peaks = phases.peaks()
+        memory = overall(peaks)
+        folder.write(PLAN, to_text(planned, memory, peaks))
         if outcome.interrupted:
             report.note(
                 f"stopped after step {outcome.step} of {settings.max_steps}; go on with: "
@@ -151,6 +157,7 @@ def _train(
         summary=_summary(assembly),
         plan=planned,
         memory=memory,
+        phases=peaks,
     )
 
 
@@ -189,7 +196,7 @@ def _model_and_data(recipe: Recipe, group: Group, report: Report) -> tuple[Assem
             assembly = assemble(recipe)
         can_pack = assembly.built.family.can_pack
         splits = _prepare(recipe, assembly.tokenizer, group, report, can_pack=can_pack)
-    _check_positions(assembly, splits)
+    check_positions(assembly, splits)
     keeps_attention = recipe.train.activation_checkpointing == "selective"
     if (recipe.data.packing or keeps_attention) and attention_name(
         type(assembly.model), assembly.built.config
@@ -254,21 +261,6 @@ def _name_labels(assembly: Assembly, splits: Splits) -> None:
         config.label2id = {name: number for number, name in enumerate(splits.label_names)}
 
 
-def _check_positions(assembly: Assembly, splits: Splits) -> None:
-    """Raise ConfigError for rows that are longer than a table of positions."""
-    family = assembly.built.family
-    parts = [splits.train, *([splits.eval] if splits.eval is not None else [])]
-    longest = max((int(rows.lengths.max()) for rows in parts if len(rows)), default=0)
-    if splits.stream is not None:
-        longest = splits.stream.max_length
-    limit = family.max_positions
-    if family.has_position_limit and limit is not None and longest > limit:
-        raise ConfigError(
-            f"data.max_length={assembly.recipe.data.max_length} leaves a row of {longest} tokens, "
-            f"but {family.model_type} has {limit} positions: set data.max_length={limit}"
-        )
-
-
 def _data_text(splits: Splits) -> str:
     told = {
         "train": splits.report.lines(),
@@ -296,7 +288,7 @@ def _load(
         pad_id=assembly.tokenizer.pad_token_id,
     )
     max_steps, steps_per_epoch = num_steps(loader, recipe.train)
-    _check_schedule(recipe, max_steps)
+    check_schedule(recipe, max_steps)
     with report.phase("load weights") as phase:
         model = fill(
             assembly,
@@ -348,21 +340,6 @@ def _load(
         autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
     )
     return state, settings
-
-
-def _check_schedule(recipe: Recipe, max_steps: int) -> None:
-    """Raise ConfigError for a warm-up longer than the run, before weights are read."""
-    words = recipe.optim
-    warmup_steps = num_warmup_steps(
-        total_steps=max_steps, warmup_steps=words.warmup_steps, warmup_ratio=words.warmup_ratio
-    )
-    factor(
-        0,
-        total_steps=max_steps,
-        warmup_steps=warmup_steps,
-        floor_ratio=words.floor_ratio,
-        name=words.schedule,
-    )
 
 
 def _evaluation(
