@@ -9,7 +9,8 @@ A fast path is a forward of our own on the *instance* of a norm, a feed-forward 
 attention; nobody's class is touched, names and parameters stay, and what a module holds is looked
 up when it runs, so linears may be wrapped, quantised or sharded before or after. Which class has
 which path is a table of values, read from transformers' source (5.17 to 5.23) and proven by tests
-on every family. Attention itself stays the one that the config names; caches work as before.
+on every family. Attention itself stays the one that the config names, but for BLOOM's, which has
+none but materialised scores (`nn/fused_alibi.py`); caches work as before.
 Whatever is not in the table runs as transformers wrote it, and the summary says so.
 
 Numerics: those of the models up to bf16 rounding, see `numerics/layer_functions.py`. A trained
