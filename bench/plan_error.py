@@ -251,14 +251,17 @@ def _measured(
         steps = _batches(row, vocabulary=assembly.built.config.get_text_config().vocab_size)
         walls = [_timed(run, steps, device)]
         memory["first step"] = _peaks(device, base)
-        _begin_phase(device)
+        place.reset_memory()  # as a run does when its first step is made
         walls += [_timed(run, steps, device) for _ in range(NUM_STEPS - 2)]
-        memory["steady step"] = _peaks(device, base)
+        steady = _peaks(device, base)
         parts: dict[str, dict[str, int]] = {}
         with _observed(run, parts, base):
             walls.append(_timed(run, steps, device))
         parts["update"] = _peaks(device, base)
-        _begin_phase(device)
+        memory["steady step"] = {
+            name: max(part[name] for part in (steady, *parts.values())) for name in steady
+        }
+        place.reset_memory()
         held_out_loss(assembly.model, next(steps), place=place, objective=run.objective)
         memory["evaluation"] = _peaks(device, base)
         loss = float(run.last_loss or 0.0)

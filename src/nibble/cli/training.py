@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -40,6 +41,8 @@ def train_here(recipe: Recipe, *, resume: bool) -> None:
     if before is not None and after is not None:
         console.print(f"held-out loss {before:.4f} before, {after:.4f} after")
     console.print(measured_line(result.plan, result.memory), markup=False)
+    if result.plan is not None and result.memory.reserved_bytes:
+        console.print(phases_line(result.plan, result.phases), markup=False)
     console.print(f"checkpoint: {outcome.checkpoint}", markup=False)
     console.print(next_commands(recipe), markup=False)
 
@@ -56,6 +59,19 @@ def measured_line(planned: Plan | None, memory: Memory) -> str:
         f"peak {where} memory {show_bytes(measured)}, planned {show_bytes(expected)} "
         f"({measured / expected - 1:+.0%})"
     )
+
+
+def phases_line(planned: Plan, phases: Mapping[str, Memory]) -> str:
+    """Each phase's peak on the card, measured and planned."""
+    expected = {phase.name: phase for phase in planned.phases}
+    told = []
+    for name, seen in phases.items():
+        device = expected[name].device
+        told.append(
+            f"{name} {show_bytes(seen.reserved_bytes)} "
+            f"({show_bytes(sum(device.values()) - device.get('cuda_context', 0))})"
+        )
+    return "by phase, measured (planned): " + ", ".join(told)
 
 
 def next_commands(recipe: Recipe) -> str:

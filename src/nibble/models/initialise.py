@@ -98,6 +98,9 @@ def materialise(model: nn.Module, *, device: torch.device | str) -> None:
     """Give a meta model empty storage on `device`, keep its ties and compute its buffers; weights
     are still to be loaded."""
     ties = find_ties(model)
+    for tie in ties:
+        # Or a table and a head that are one tensor would be made twice, for a moment.
+        setattr(tie.module, tie.attribute, nn.Parameter(torch.empty(0, device="meta")))
     model.to_empty(device=device)
     finish(model, ties=ties)
 

@@ -63,7 +63,11 @@ def causal_lm_loss(
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-        words = (rows.to(dtype), head.weight, head.bias, targets, chunk, transform)
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if not torch.is_grad_enabled():  # inside of the function a weight that learns looks alike
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        words = (rows.to(dtype), weight, bias, targets, chunk, transform)
         loss: Tensor = _FusedLoss.apply(*words)  # type: ignore[no-untyped-call]
     else:
         loss = _module_loss(rows, targets, head, chunk, transform)

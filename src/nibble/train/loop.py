@@ -37,6 +37,7 @@ from nibble.train.checkpoint import Checkpoints, all_finite
 from nibble.train.graphs import passes_of
 from nibble.train.interrupt import Interrupt
 from nibble.train.metrics import Meter, StepResult
+from nibble.train.phase_memory import EVALUATION, SAVE, PhaseMemory
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
 from nibble.train.state import TrainState
@@ -91,15 +92,17 @@ def loop(
     checkpoints: Checkpoints,
     evaluate: Evaluate | None = None,
     profiler: Profiler | None = None,
+    memory: PhaseMemory | None = None,
 ) -> Outcome:
     """Train until `max_steps`, or until interrupted; the state is saved either way.
 
-    `evaluate(stop)` gives the held-out loss, or None if `stop` told it to leave. Raises
-    TrainingError at a loss or gradient that is not finite, CheckpointError when a checkpoint cannot
-    be written.
+    `evaluate(stop)` gives the held-out loss, or None if `stop` told it to leave. `memory` is told
+    when phases begin and end. Raises TrainingError at a loss or gradient that is not finite,
+    CheckpointError when a checkpoint cannot be written.
     """
     with Interrupt() as interrupt, profiler or Profiler.off() as profile:
         run = _Run(state, place, objective, settings, report, checkpoints, evaluate, interrupt)
+        run.memory = memory
         before = run.evaluate_now() if state.step == 0 else None
         after, path = before, checkpoints.latest()
         state.model.train()
@@ -108,6 +111,8 @@ def loop(
             profile.before(state.step + 1)
             run.meter.start()
             run.meter.stop(run.step(next(steps)))
+            if memory is not None:
+                memory.stepped()
             profile.after(state.step)
             last = state.step == settings.max_steps
             if last or state.step % settings.log_every == 0:
@@ -146,6 +151,7 @@ class _Run:
     evaluate: Evaluate | None
     interrupt: Interrupt
     last_loss: float | None = None
+    memory: PhaseMemory | None = None
     agreed: bool = False
     """All processes know that they are to stop."""
 
@@ -268,7 +274,12 @@ class _Run:
             return None
         self.log()
         words = f"the evaluation after step {self.state.step}"
-        with self.place.during(words), self._autocast(), self.report.phase("evaluate"):
+        with (
+            self.place.during(words),
+            self._autocast(),
+            self.report.phase("evaluate"),
+            self._counted(EVALUATION),
+        ):
             loss = self._evaluated(self.evaluate)
         if loss is None:
             return None
@@ -299,9 +310,12 @@ class _Run:
             where = "a weight of another process" if bad is None else f"the weight {bad}"
             raise self._not_finite(f"after step {self.state.step} {where} is not finite")
         name = f"the checkpoint of step {self.state.step}"
-        with self.place.during(name), self.report.phase("checkpoint"):
+        with self.place.during(name), self.report.phase("checkpoint"), self._counted(SAVE):
             self.place.barrier(name)
             return self.checkpoints.save(self.state)
+
+    def _counted(self, phase: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.memory is None else self.memory.during(phase)
 
     def _not_finite(self, what: str) -> TrainingError:
         last = self.checkpoints.latest()

@@ -8,7 +8,7 @@ refused before a byte of weights is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -104,12 +104,20 @@ def advice(planned: Plan | None, place: Placement) -> str:
     return f"{said}; try {changes or 'a smaller data.max_length'}"
 
 
-def to_text(planned: Plan | None, memory: Memory) -> str:
-    """Planned against measured."""
+def to_text(
+    planned: Plan | None, memory: Memory, phases: Mapping[str, Memory] | None = None
+) -> str:
+    """Planned against measured, in all and by phase: bytes on the device and of the host."""
     told = {} if planned is None else planned.to_json()
-    told["measured"] = {
+    measured: dict[str, object] = {**_numbers(memory)}
+    measured["phases"] = {name: _numbers(peak) for name, peak in (phases or {}).items()}
+    told["measured"] = measured
+    return json.dumps(told, indent=1) + "\n"
+
+
+def _numbers(memory: Memory) -> dict[str, int]:
+    return {
         "reserved_bytes": memory.reserved_bytes,
         "allocated_bytes": memory.allocated_bytes,
         "host_bytes": memory.host_bytes,
     }
-    return json.dumps(told, indent=1) + "\n"
