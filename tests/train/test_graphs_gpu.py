@@ -143,6 +143,7 @@ def test_a_failure_while_recording_leaves_the_run_as_it_was(
     found = train(BASE, tmp_path / "on", graphs="on")
     assert any("no CUDA graph for micro-batches" in note for note in found.notes)
     assert distance(expected, found) < 1e-3
+    assert torch.randn(8, device="cuda").unique().numel() == 8, "who draws is in no recording"
 
 
 def test_a_wait_is_seen_before_anything_is_recorded(

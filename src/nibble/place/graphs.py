@@ -157,9 +157,12 @@ class CudaRecorder:
         return Recorded(replay=graph.replay, num_bytes=num_bytes)
 
     def _unwind(self) -> None:
-        """Tell the allocator that a recording is over which the driver threw away: before 2.13
-        torch forgets to, and would neither free nor reuse memory from then on."""
+        """Tell the allocator and the generator that a recording is over which the driver threw
+        away: torch 2.11 forgets to. It would neither free nor reuse memory from then on, nor draw.
+        """
         index = self.device.index or 0
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())  # a clone is in no recording
         steps = [torch._C._cuda_endAllocateToPool]
         if self._num_recorded == 0:
             steps.append(torch._C._cuda_releasePool)
