@@ -110,6 +110,9 @@ def test_a_recipe_learns_and_leaves_a_whole_folder(
     assert planned["measured"]["host_bytes"] > 0 and planned["num_trainable"] == (
         result.summary.num_trainable
     )
+    measured = planned["measured"]["phases"]
+    assert list(measured) == ["load", "first step", "steady step", "evaluation", "save"]
+    assert set(measured) <= set(planned["phases"])
     assert "held-out loss" in out.getvalue() and "parameters" in out.getvalue()
 
 
