@@ -126,7 +126,7 @@ def _placements(recipe: Recipe, setting: Setting) -> Iterator[Overrides]:
     if setting.devices.total > 1 and kind != "fsdp":
         yield {"place.kind": "fsdp", "place.shard": "full"}
         yield {"place.kind": "fsdp", "place.shard": "grad-op"}
-    if kind != "stream":
+    if kind != "stream" and recipe.adapter.kind != "factorised":  # nothing of it is frozen
         yield {"place.kind": "stream", "place.shard": "full"}
 
 

@@ -89,10 +89,10 @@ def _table(found: Found, rows: Sequence[Neighbour]) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("instead", no_wrap=True)
-    for name in ("tokens/s", "card GiB", "host GiB"):
+    table.add_column("instead (memory in GiB)", no_wrap=True)
+    for name in ("tokens/s", "card", "host"):
         table.add_column(name, justify="right")
-    table.add_column("why not")
+    table.add_column("why not", overflow="fold")
     table.add_row("(chosen)", *_cells(found.plan), "", style="bold")
     for row in rows:
         style = "" if row.is_free and row.plan is not None else "dim"
