@@ -35,6 +35,7 @@ class ReferenceRun:
     command: str
     commit: str
     result: str
+    settings: str = ""
 
     @property
     def words(self) -> str:
