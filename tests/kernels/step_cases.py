@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nibble.kernels import int8_weights as int8_kernels
 from nibble.kernels.steps import triton_kernels
 from nibble.numerics import codec8, int8_weights
 from nibble.numerics.rounding import random_bits, stochastic_bfloat16
@@ -175,6 +176,18 @@ def test_infinities_and_nan_are_not_rounded() -> None:
     )  # fmt: skip
     assert weight[0] == float("inf") and weight[1] == -float("inf")
     assert weight[2].isnan() and weight[3] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [70, 256, 600])
+def test_int8_weights_become_dense(columns: int, dtype: torch.dtype) -> None:
+    codes, scales = int8_weights.encode(normal(19, columns), bits=None)
+    dense = int8_kernels.decode(codes, scales, dtype=dtype)
+    expected = int8_weights.decode(codes, scales, dtype=dtype)
+    if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts where a GPU rounds
+        torch.testing.assert_close(dense, expected, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(dense, expected)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepKernels:
@@ -26,6 +28,16 @@ def step_kernels(device_type: str) -> StepKernels | None:
     """What is faster than the eager functions on this kind of device, if anything is."""
     if device_type == "cuda" and find_spec("triton") is not None:
         return triton_kernels()
+    return None
+
+
+@cache
+def int8_decoder(device_type: str) -> Callable[..., Tensor] | None:
+    """What makes trained INT8 weights dense faster than numerics/int8_weights.py, if anything."""
+    if device_type == "cuda" and find_spec("triton") is not None:
+        from nibble.kernels import int8_weights
+
+        return int8_weights.decode
     return None
 
 

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nibble.errors import ConfigError, WeightError
+from nibble.kernels.steps import int8_decoder
 from nibble.numerics import int8_weights
 from nibble.numerics.rows import row_chunks
 
@@ -54,6 +55,9 @@ class Int8Linear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], a fresh tensor without gradient."""
+        kernel = int8_decoder(self.codes.device.type)
+        if kernel is not None:
+            return kernel(self.codes, self.scales, dtype=dtype)
         dense = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         for rows in row_chunks((self.out_features, self.in_features), dense.device):
             dense[rows] = int8_weights.decode(self.codes[rows], self.scales[rows], dtype=dtype)
