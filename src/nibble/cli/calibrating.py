@@ -11,7 +11,7 @@ import typer
 from nibble.use.calibrate import Calibration, calibrate
 
 _ROWS = (
-    ("matmul, bf16", "matmul_flops", 1e12, "TFLOP/s"),
+    ("matmul, 16 bit", "matmul_flops", 1e12, "TFLOP/s"),
     ("matmul, fp32", "fp32_flops", 1e12, "TFLOP/s"),
     ("memory", "bandwidth_bytes", 1e9, "GB/s"),
     ("bus", "bus_bytes", 1e9, "GB/s"),

@@ -1,6 +1,6 @@
 """What this machine really does: the rates that a plan divides by, measured in a few seconds.
 
-    matmul       bf16 products of a Llama's shapes (4096 tokens; 4096 x 4096, 4096 x 14336 and back)
+    matmul       16-bit products of a Llama's shapes (4096 tokens; 4096 x 4096, 4096 x 14336, back)
                  on random values, FLOPs of the second half of `seconds` over its time: cards lower
                  their clocks when they are warm, and a step is warm
     fp32         one such product in fp32, without tensor cores
@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,8 @@ class Sizes:
     copy_bytes: int = 1 << 30
     pinned_bytes: int = 1 << 28
     num_launches: int = 2000
-    seconds: float = 1.5
+    seconds: float = 2.5
+    """Of the 16-bit products; all else takes a fifth of it."""
 
 
 ON_CPU = Sizes(
@@ -130,21 +131,22 @@ def measure(device: torch.device, *, sizes: Sizes | None = None) -> Rates:
     on_cpu = device.type == "cpu"
     if sizes is None:
         sizes = ON_CPU if on_cpu else Sizes()
-    bandwidth = _copy_rate(device, device, num_bytes=sizes.copy_bytes, sizes=sizes)
+    short = replace(sizes, seconds=sizes.seconds / 5)
+    bandwidth = _copy_rate(device, device, num_bytes=sizes.copy_bytes, sizes=short)
     to_device = from_device = bandwidth
     host = torch.device("cpu")
     if not on_cpu:
-        to_device = _copy_rate(host, device, num_bytes=sizes.pinned_bytes, sizes=sizes)
-        from_device = _copy_rate(device, host, num_bytes=sizes.pinned_bytes, sizes=sizes)
+        to_device = _copy_rate(host, device, num_bytes=sizes.pinned_bytes, sizes=short)
+        from_device = _copy_rate(device, host, num_bytes=sizes.pinned_bytes, sizes=short)
     return Rates(
         device=_name(device),
         memory_gib=_memory_bytes(device) / GIB,
-        matmul_tflops=_matmul_rate(device, torch.bfloat16, sizes) / 1e12,
-        fp32_tflops=_matmul_rate(device, torch.float32, sizes) / 1e12,
+        matmul_tflops=_matmul_rate(device, _narrow(device), sizes) / 1e12,
+        fp32_tflops=_matmul_rate(device, torch.float32, short) / 1e12,
         bandwidth_gbs=2 * bandwidth / 1e9,
         to_device_gbs=(2 if on_cpu else 1) * to_device / 1e9,
         from_device_gbs=(2 if on_cpu else 1) * from_device / 1e9,
-        link_gbs=_link_rate(device, sizes),
+        link_gbs=_link_rate(device, short),
         launch_us=_launch_s(device, sizes) * 1e6,
     )
 
@@ -189,6 +191,13 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> floa
             torch.mm(x, weight)
 
     return flops / _seconds(products, device, sizes)
+
+
+def _narrow(device: torch.device) -> torch.dtype:
+    """bf16, or fp16 where a card has no products of it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float16
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
