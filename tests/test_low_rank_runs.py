@@ -295,10 +295,11 @@ def test_int8_weights_are_kept_as_codes_and_used_as_an_ordinary_model(
     [
         (("adapter.kind=lora",), "optim.weights=int8 with adapter.kind=lora"),
         (("place.kind=ddp", "place.num_devices=2"), "optim.weights=int8 with place.num_devices=2"),
+        (("train.precision=fp16",), "optim.weights=int8 with train.precision=fp16"),
         (("place.kind=fsdp",), "optim.weights=int8 with place.kind=fsdp"),
     ],
 )
-def test_int8_weights_of_a_part_are_refused(
+def test_what_int8_weights_cannot_be_trained_with_is_refused(
     words: tuple[str, ...], message: str, shape: Path, texts: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -64,8 +64,10 @@ def _wants_the_whole_step(r: Recipe) -> str:
     return "" if r.place.kind in ("auto", "single") else f"place.kind={r.place.kind}"
 
 
-def _beyond_one_whole_model(r: Recipe) -> str:
-    """What takes several devices or trains something else than the model, or an empty string."""
+def _unfit_for_int8(r: Recipe) -> str:
+    """What INT8 weights cannot be trained with, or an empty string."""
+    if r.train.precision == "fp16":
+        return "train.precision=fp16"
     if r.adapter.kind != "none":
         return f"adapter.kind={r.adapter.kind}"
     if (r.place.num_devices or 1) > 1:
@@ -191,12 +193,12 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         ),
     ),
     Contradiction(
-        name="INT8 weights of a part",
-        holds=lambda r: has_int8_weights(r.optim) and bool(_beyond_one_whole_model(r)),
+        name="INT8 weights",
+        holds=lambda r: has_int8_weights(r.optim) and bool(_unfit_for_int8(r)),
         message=lambda r: (
-            f"optim.weights=int8 with {_beyond_one_whole_model(r)}: codes are updated where all of "
-            "the model is, and all of it is trained; use one device and adapter.kind=none, or "
-            "weights=float"
+            f"optim.weights=int8 with {_unfit_for_int8(r)}: codes are updated where all of the "
+            "model is, and all of it is trained; use one device, adapter.kind=none and bf16 or "
+            "fp32, or weights=float"
         ),
     ),
     Contradiction(
