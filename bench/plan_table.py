@@ -16,6 +16,7 @@ GIB = 1 << 30
 LIMITS = {"reserved": 0.05, "host": 0.10, "step": 0.20}
 """Errors that are aimed at."""
 MOST_UNDER = 0.03
+OUTSIDE = ("cuda_context", "allocator")
 Planned = Callable[[Row, str | None], dict[str, Any]]
 
 
@@ -26,10 +27,35 @@ class Compared:
     row: Row
     line: dict[str, Any]
     planned: dict[str, Any]
+    workspace_bytes: int
+    """Of cuBLAS, which the process had reserved before the row."""
+
+    @property
+    def measured_bytes(self) -> int:
+        return int(self.line["reserved_bytes"]) + self.workspace_bytes
 
     @property
     def reserved(self) -> float:
-        return float(self.planned["reserved_bytes"] / self.line["reserved_bytes"] - 1)
+        return float(self.planned["reserved_bytes"] / self.measured_bytes - 1)
+
+    @property
+    def allocated(self) -> float:
+        """Of tensors alone, without what the allocator loses."""
+        seen = max(phase["allocated_bytes"] for phase in self.line["measured"].values())
+        said = max(
+            sum(size for part, size in phase["device"].items() if part not in OUTSIDE)
+            for name, phase in self.planned["phases"].items()
+            if name in self.line["measured"]
+        )
+        return float(said / seen - 1)
+
+    @property
+    def host(self) -> float | None:
+        """What blocks and activations take of the host, where they take any."""
+        parts = self.planned["phases"]["steady step"]["host"]
+        said = parts["streamed_base"] + parts["offloaded_activations"]
+        seen = self.line["host_bytes"] - self.line["host_before_bytes"]
+        return float(said / seen - 1) if said and seen > 0 else None
 
     @property
     def step(self) -> float | None:
@@ -41,8 +67,7 @@ class Compared:
         told = []
         for name, seen in self.line["measured"].items():
             device = self.planned["phases"][name]["device"]
-            outside = ("cuda_context", "allocator")
-            said = sum(size for part, size in device.items() if part not in outside)
+            said = sum(size for part, size in device.items() if part not in OUTSIDE)
             told.append(f"{name} {said / GIB:.3f}/{seen['allocated_bytes'] / GIB:.3f}")
         return ", ".join(told)
 
@@ -61,13 +86,14 @@ def report(arguments: list[str], *, planned: Planned) -> int:
         if line.startswith("{")
     ]
     card = next((line["device"] for line in lines if line.get("device")), None)
+    workspace = next((line["workspace_bytes"] for line in lines if "workspace_bytes" in line), 0)
     found = []
     for line in lines:
         if line["bench"] != "row" or "reserved_bytes" not in line or "step_s" not in line:
             continue
         row = parse(line["row"])
         made = planned(row, card) if options.again else line["planned"]
-        found.append(Compared(row=row, line=line, planned=made))
+        found.append(Compared(row=row, line=line, planned=made, workspace_bytes=workspace))
     text = ["\n".join(_tables(found, options.worst))]
     failed = [line for line in lines if "error" in line or "out_of_memory" in line]
     text += [f"- {line['row']}: {line.get('error', 'out of memory')}" for line in failed]
@@ -83,18 +109,24 @@ def _tables(found: list[Compared], worst: int) -> Iterable[str]:
         if not some:
             continue
         yield f"\n### {title}: {len(some)} configurations\n"
-        yield "| group | rows | mean | within 5 % | most under | most over | step within 20 % |"
-        yield "|---|---|---|---|---|---|---|"
+        yield (
+            "| group | rows | mean | within 5 % | most under | most over | tensors, mean "
+            "| step within 20 % |"
+        )
+        yield "|---|---|---|---|---|---|---|---|"
         yield _line("all", some)
         for name, group in _groups(some):
             yield _line(name, group)
         yield ""
+        for one in some:
+            if one.host is not None:
+                yield f"- host {one.host:+.1%} {one.row.name}"
         ordered = sorted(some, key=lambda one: -abs(one.reserved))
         for one in ordered[:worst]:
             yield (
                 f"- {one.reserved:+.1%} {one.row.name}: planned "
                 f"{one.planned['reserved_bytes'] / GIB:.3f} GiB ({one.planned['peak']}), measured "
-                f"{one.line['reserved_bytes'] / GIB:.3f}; allocated {one.phases()}"
+                f"{one.measured_bytes / GIB:.3f}; allocated {one.phases()}"
             )
 
 
@@ -106,7 +138,8 @@ def _line(name: str, some: list[Compared]) -> str:
     mean = statistics.mean(map(abs, errors))
     return (
         f"| {name} | {len(some)} | {mean:.1%} | {right:.0%} | {min(errors):+.1%} | "
-        f"{max(errors):+.1%} | {f'{timed:.0%}' if steps else ''} |"
+        f"{max(errors):+.1%} | {statistics.mean(abs(one.allocated) for one in some):.2%} | "
+        f"{f'{timed:.0%}' if steps else ''} |"
     )
 
 

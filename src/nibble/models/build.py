@@ -150,6 +150,8 @@ def _instantiate(config: Any, model: Model, *, dtype: torch.dtype, attention: st
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     classification = model.task == "classification"
+    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        attention = "eager"  # transformers 5.17 would leave the cap out in silence
     auto = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     own_config = copy.deepcopy(config)
     if not classification and getattr(own_config, "is_decoder", None) is False:

@@ -69,6 +69,10 @@ class Work:
     mlp_tile_tokens: int | None = None
     grows: bool = False
     """Gradients of weights come with backward and stay until the step."""
+    accumulates: bool = False
+    """They are added to those of passes before."""
+    num_idle: int = 0
+    """Blocks below the first trained one: nothing there waits for backward."""
 
     @property
     def tiled(self) -> bool:
@@ -124,6 +128,12 @@ def kept_outside(shape: Architecture, work: Work) -> dict[str, int]:
     return kept
 
 
+def materialises(shape: Architecture, work: Work) -> bool:
+    """Whether scores exist although attention is fused: no kernel takes groups of heads in fp32."""
+    sizes = shape.sizes
+    return work.element == 4 and sizes.num_kv_heads < sizes.num_heads and not work.packed_rows
+
+
 def input_bytes(shape: Architecture, work: Work) -> int:
     """A block's input."""
     return work.element * work.tokens * shape.sizes.hidden
@@ -133,7 +143,7 @@ def attention_output_bytes(shape: Architecture, work: Work) -> int:
     """What fused attention gives: its output and a number a head and token; 0 where the scores are
     materialised, or dropped out.
     """
-    if shape.style.scores != "fused" or shape.style.attention_dropout:
+    if shape.style.scores != "fused" or shape.style.attention_dropout or materialises(shape, work):
         return 0
     sizes = shape.sizes
     return work.tokens * sizes.num_heads * (work.element * sizes.head_dim + 4)
@@ -156,10 +166,12 @@ def backward_bytes(shape: Architecture, work: Work, *, block: int) -> int:
     norm = _norm_workspace(shape, work)
     first = all_of_it + max(_mlp_workspace(shape, work, inner), norm) + passing
     second = all_of_it - inner + weights["MLP output"] + weights["MLP input"]
-    third = all_of_it - mlp + _attention_workspace(shape, work) + 2 * passing
+    # By then the norms between have had their backward.
+    norms = kept.get("norms", 0) * (shape.style.norms - 1) // max(1, shape.style.norms)
+    third = all_of_it - mlp - norms + _attention_workspace(shape, work) + passing
     return max(
         first + weights["MLP output"],
-        second + 2 * passing if work.grows else 0,
+        second + 2 * passing if work.grows or work.accumulates else 0,
         third + weights["MLP output"] + weights["MLP input"] + weights["attention output"],
     )
 
@@ -170,13 +182,19 @@ def _weight_gradients(shape: Architecture, work: Work, block: int) -> dict[str, 
     found = dict.fromkeys(
         ("MLP input", "MLP output", "attention input", "attention output", "experts"), 0
     )
-    if not work.grows or not (work.everything or block in work.trained_blocks):
+    if not (work.grows or work.accumulates):
+        return found
+    if not (work.everything or block in work.trained_blocks):
         return found
     for parameter in shape.parameters:
         if parameter.block == block and parameter.kind in ("linear", "expert"):
             name = "experts" if parameter.kind == "expert" else role(parameter)
-            found[name] += parameter.size * work.element
+            nbytes = parameter.size * work.element
+            # One that is added to others goes at once.
+            found[name] = max(found[name], nbytes) if work.accumulates else found[name] + nbytes
     found["MLP input"] += found["experts"]
+    if work.accumulates:
+        found["MLP output"] = found["attention output"] = 0
     return found
 
 
@@ -195,6 +213,8 @@ def _mlp_workspace(shape: Architecture, work: Work, kept_inner: int) -> int:
     width = shape.sizes.ffn * max(shape.experts_per_token, 1)
     # The fast gate writes its gradients where gate and up were.
     copies = 1 if work.fused else 3 if shape.style.gated else 2
+    if work.adapter_dropout and work.adapted:
+        copies += 1  # behind the last linear's dropout
     one = work.element * width * work.tokens
     return max(one, copies * one - kept_inner)
 
@@ -243,6 +263,11 @@ def role(parameter: Parameter) -> str:
         return "attention output" if is_last else "attention input"
     is_last = leaf in ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "ffn_down", "w2")
     return "MLP output" if is_last or path.endswith(".output.dense") else "MLP input"
+
+
+def is_last(parameter: Parameter) -> bool:
+    """Whether it is the weight of a block's last linear."""
+    return parameter.kind == "linear" and role(parameter) == "MLP output"
 
 
 def _add(kept: dict[str, int], more: dict[str, int]) -> None:
@@ -300,6 +325,9 @@ def _attention(shape: Architecture, work: Work) -> dict[str, int]:
         if style.projection == "fused_rotated" and not work.packed_rows:
             kept["value"] = query + 2 * key  # a view keeps the whole projection alive
         kept["attention"] = query + 4 * sizes.num_heads * tokens
+        if materialises(shape, work):
+            kept["key"] = kept["value"] = query
+            kept["scores"] = 4 * sizes.num_heads * work.row_length * tokens
         return kept
     scores = sizes.num_heads * work.row_length * tokens
     kept["key"] = kept["value"] = query

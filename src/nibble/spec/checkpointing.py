@@ -67,7 +67,7 @@ def num_kept_blocks(train: Train, num_blocks: int) -> int:
 
 def keeping(shape: Architecture, work: Work, train: Train) -> Keeping:
     """Price the settings of `train` for one pass."""
-    lists = kept_bytes(shape, work)
+    lists = kept_bytes(shape, work)[work.num_idle :]
     num_kept = num_kept_blocks(train, len(lists))
     num_again = len(lists) - num_kept
     one = input_bytes(shape, work)
@@ -80,7 +80,7 @@ def keeping(shape: Architecture, work: Work, train: Train) -> Keeping:
     ahead = 2 if one <= PREFETCH_MAX_BYTES else 1
     moving = min(num_again, ahead) if train.activation_offload else num_again
     most = max(range(len(lists)), key=lists.__getitem__, default=None)
-    backward = 0 if most is None else backward_bytes(shape, work, block=most)
+    backward = 0 if most is None else backward_bytes(shape, work, block=most + work.num_idle)
     return Keeping(
         num_blocks=len(lists),
         num_again=num_again,

@@ -20,6 +20,7 @@ from functools import cached_property
 from math import prod
 
 from nibble.errors import ConfigError
+from nibble.spec.activations import is_last
 from nibble.spec.arch import Architecture
 from nibble.spec.arch_types import Parameter
 from nibble.spec.config import Adapter, Recipe
@@ -74,6 +75,10 @@ class Inventory:
     """Bytes of a number of the head, where it is trained."""
     head_gradient_bytes: int
     embedding_gradient_bytes: int
+    last_packed: int
+    """Weights of a block's last linear, with which backward begins while all is kept."""
+    num_idle: int
+    """Blocks below the first that is trained: no gradient comes to them."""
     packing_bytes: int
     """Beside the model, while its largest matrix is packed."""
     update_bytes: int
@@ -173,6 +178,10 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         head_element=None if head is None else DTYPE_BYTES[head.dtype],
         head_gradient_bytes=0 if head is None else head.nbytes,
         embedding_gradient_bytes=max((t.nbytes for t in by_kind["embedding"]), default=0),
+        last_packed=max(
+            (p.size for p in model.parameters if p.name in packed and is_last(p)), default=0
+        ),
+        num_idle=architecture.sizes.num_layers // len(added) if added else 0,
         packing_bytes=packing_bytes(spec, largest),
         update_bytes=update_bytes(recipe.optim, trained.values()),
     )

@@ -19,6 +19,7 @@ from nibble.spec.activations import Work
 from nibble.spec.arch import Architecture
 from nibble.spec.config import Optim
 from nibble.spec.formats import FormatSpec, TensorSpec
+from nibble.spec.methods import low_rank
 from nibble.spec.state import rule_and_codec
 
 PACK_CHUNK_WEIGHTS = 1 << 24
@@ -31,7 +32,7 @@ FUSED_WEIGHTS = 1 << 20
 """From here on a tensor has a kernel to itself (`optim/update.py`)."""
 UNPACKED_BYTES = 48
 """Of temporaries a weight, that lists allow for where something must be unpacked."""
-SOFTCAP_BYTES_PER_LOGIT = 20
+SOFTCAP_BYTES_PER_LOGIT = 22
 """Of soft-capped logits in fp32: themselves, their tanh, the loss's copy, gradients."""
 
 
@@ -104,7 +105,11 @@ def update_bytes(optim: Optim, trained: Iterable[TensorSpec]) -> int:
         whole = codec == "fp32" and all(dtype == "float32" for _, dtype in sizes)
         small = sum(size for size, _ in sizes if size < FUSED_WEIGHTS)
         lists = min(small * (8 if whole else 20), LIST_BYTES)
-        return max(lists, min(4 * large, LIST_BYTES // 2) if large >= FUSED_WEIGHTS else 0)
+        alone = min(4 * large, LIST_BYTES // 2) if large >= FUSED_WEIGHTS else 0
+        low = low_rank(optim)
+        if low is not None and low.residual == "fira":
+            alone = min(8 * large, LIST_BYTES)  # the part outside of the basis, in fp32
+        return max(lists, alone)
     if rule.startswith("adafactor"):
         return 8 * large
     return min(10 * sum(size for size, _ in sizes), LIST_BYTES * 10 // UNPACKED_BYTES)
