@@ -9,6 +9,7 @@ import json
 import resource
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from nibble.train.checkpoint import Checkpoints
 from nibble.train.loop import loop
 from nibble.train.report import Report
 from nibble.train.state import seed_everything
+from nibble.use import packed
 from nibble.use.assemble import assemble
 from nibble.use.objective import held_out_loss, objective
 from nibble.weights import safetensors_source
+from nibble.weights.packed_cache import cache_folder
 
 COPIES = "copies"
 
@@ -221,6 +224,14 @@ def run_case(
         found[f"{name} on again"] = train(case, group, half, splits)
 
 
+def await_entry(group: Group) -> None:
+    """The packed base is written beside the training: wait until it is whole."""
+    until = time.monotonic() + 30
+    while group.is_first and not [*cache_folder().glob("*.json")] and time.monotonic() < until:
+        time.sleep(0.05)
+    group.barrier("the packed base")
+
+
 def main(root: Path, cases_file: str) -> None:
     import signal
 
@@ -233,8 +244,12 @@ def main(root: Path, cases_file: str) -> None:
         recipe = Recipe.model_validate(case["recipe"])
         tokenizer = load_tokenizer(recipe.model)
         splits = prepare(recipe.data, tokenizer, task="causal-lm", seed=0, can_pack=True)
+        # Tiny models are not worth keeping, but where that is what is tested.
+        packed.MIN_BYTES = 0 if recipe.quant.cache else 1 << 60
         try:
             run_case(case, group, root, splits, found)
+            if recipe.quant.cache:
+                await_entry(group)
         except Exception:
             found[case["name"]] = {"error": traceback.format_exc()}
     torch.save(found, root / f"found-{cases_file}-{group.rank}.pt")

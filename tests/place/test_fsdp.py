@@ -39,6 +39,8 @@ def a_case(root: Path, quant: str, adapter: str, *, base: str = "base", **more: 
     recipe["model"]["path"] = str(root / base)
     recipe["train"] |= more.pop("train", {})
     recipe["optim"] |= more.pop("optim", {})
+    if "packing" in more:
+        recipe["quant"] |= more.pop("packing")
     recipe["adapter"] = {**recipe.get("adapter", {}), **more.pop("learnt", {})}
     if adapter == "expand":
         recipe["adapter"] = {"kind": "expand", "num_new_blocks": 1}
@@ -66,6 +68,8 @@ def of_two(root: Path) -> list[dict[str, Any]]:
         a_case(root, "hqq", "lora", words=["floats"], as_floats=True),
         a_case(root, "nf4", "lora", words=["saved"],
                learnt={"modules_to_save": ["embed_tokens", "lm_head"]}),
+        a_case(root, "nf4", "lora", words=["kept"], packing={"cache": True}, alone=False),
+        a_case(root, "nf4", "lora", words=["kept", "read"], packing={"cache": True}, alone=False),
         a_case(root, "nf4", "lora", words=["dropout"], learnt={"dropout": 0.2}, steps=4,
                restore=True, alone=False),
     ]  # fmt: skip
@@ -201,6 +205,20 @@ def test_frozen_tables_are_whole_only_while_they_are_used(two: list[dict[str, An
         # Trained or tied ones stay with what is outside of the blocks, from end to end.
         for name in ("nf4 lora base saved", "none none tied"):
             assert not any(is_cut for _, *cut in checked(rank[name])["tables"] for is_cut in cut)
+
+
+def test_each_process_keeps_its_rows_of_the_packed_base_for_the_next_start(
+    two: list[dict[str, Any]],
+) -> None:
+    plain = checked(two[0]["nf4 lora base"])
+    for rank in two:
+        first, second = (checked(rank[f"nf4 lora base {w}"]) for w in ("kept", "kept read"))
+        assert second["read_bytes"] < 0.5 * first["read_bytes"], "what is packed is not read again"
+        assert second["losses"] == first["losses"] == plain["losses"]
+    for name in ("kept", "kept read"):
+        before = checked(two[0][f"nf4 lora base {name}"])["before"]
+        assert before.keys() == plain["before"].keys()
+        assert all(torch.equal(before[key], value) for key, value in plain["before"].items())
 
 
 def test_bytes_that_look_like_nan_survive(two: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -24,14 +25,8 @@ from nibble.spec.config import Place, Quant
 from nibble.spec.formats import format_spec
 from nibble.use import packed
 from nibble.use.assemble import assemble, fill
-from nibble.weights.packed_cache import (
-    NUM_AHEAD,
-    CacheWriter,
-    StoredTensors,
-    cache_folder,
-    open_cache,
-    read_ahead,
-)
+from nibble.weights.packed_cache import CacheWriter, cache_folder, open_cache
+from nibble.weights.stored import NUM_AHEAD, StoredTensors, read_ahead
 
 NF4 = format_spec(Quant(format="nf4"))
 assert NF4 is not None
@@ -166,6 +161,41 @@ def test_parts_of_several_processes_make_one_entry(tmp_path: Path) -> None:
         assert all(torch.equal(some[leaf], tensors[leaf][1:2]) for leaf in tensors)
     left = {path.suffix for path in tmp_path.iterdir()} - {".safetensors", ".json"}
     assert left <= {".part-0"}  # of the run that was killed
+
+
+@pytest.mark.parametrize("rows", [(0, 3, 8), (0, 4, 4, 8)])
+def test_rows_of_several_processes_make_one_entry(rows: tuple[int, ...], tmp_path: Path) -> None:
+    whole = pack(NF4, torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+    spans = [slice(a, b) for a, b in itertools.pairwise(rows) if a < b]
+    for number in reversed(range(len(spans))):
+        writer = CacheWriter(
+            tmp_path, "key", spec=NF4, linears={"a.weight": (8, 64)}, token="one", part=number,
+            parts=len(spans),
+        )  # fmt: skip
+        assert open_cache(tmp_path, "key", NF4) == {}
+        own = {leaf: tensor[spans[number]] for leaf, tensor in whole.items()}
+        writer.add("a.weight", own, first_row=spans[number].start)
+        writer.close()
+        writer.join()
+    stored = open_cache(tmp_path, "key", NF4)["a.weight"].tensors
+    assert isinstance(stored, StoredTensors)
+    assert all(torch.equal(stored[leaf], whole[leaf]) for leaf in whole)
+    raw = bytearray((tmp_path / "key.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "key.safetensors").write_bytes(raw)
+    # The rows that one process wrote are compared; the first ones are whole.
+    first, last = (open_cache(tmp_path, "key", NF4)["a.weight"].tensors.rows(s) for s in spans)  # type: ignore[attr-defined]
+    assert all(torch.equal(first[leaf], whole[leaf][spans[0]]) for leaf in whole)
+    with pytest.raises(WeightError, match="is damaged"):
+        [last[leaf] for leaf in whole]
+
+
+def test_rows_that_nobody_holds_make_no_entry() -> None:
+    assert packed._cover([[0, 8], [0, 8]], 8) == {0}
+    assert packed._cover([[0, 4], [4, 8], [4, 8]], 8) == {0, 1}
+    assert packed._cover([[0, 3], [3, 6], [6, 6]], 6) == {0, 1}
+    assert packed._cover([[0, 4], [0, 4]], 8) is None
+    assert packed._cover([[0, 0], [0, 8]], 8) == {1}
 
 
 def test_reading_ahead_gives_the_same_weights(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,10 @@ class Placement(Protocol):
         """
         ...
 
+    def packed(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """The packed tensors of the checkpoint's weight `name`, of the rows that live here."""
+        ...
+
     def load(self, model: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
         """Fill what the checkpoint calls `name`, quantising on arrival."""
         ...

@@ -159,6 +159,14 @@ class Fsdp(Single):
         own = None if held is None else self._part(held)
         return own.rows if own is not None and own.dim == 0 else None
 
+    def packed(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """Those of the own rows."""
+        owner, _ = locate(model, name)
+        assert isinstance(owner, QuantLinear)
+        own = self._part(owner.stored()["codes"])
+        linear: QuantLinear = owner if own is None else _local_linear(owner, own)
+        return linear.packed()
+
     def _fill(
         self, owner: nn.Module, leaf: str, name: str, value: Tensor | PackedWeight
     ) -> Sequence[Tensor]:
@@ -328,12 +336,12 @@ def _check_types(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [(n, p) for n, p in model.named_parameters() if id(p) not in inside]
     for named in (outside, *(list(block.named_parameters()) for block in blocks)):
-        types = {p.dtype: name for name, p in named if p.requires_grad}
+        types = {str(p.dtype)[6:]: name for name, p in named if p.requires_grad}
         if len(types) > 1:
             (one, name), (other, second) = list(types.items())[:2]
             raise PlacementError(
-                f"place.kind=fsdp sums gradients of one type, but {name} is {_word(one)} and "
-                f"{second} is {_word(other)}: use train.precision=fp32, or place.kind=ddp"
+                f"place.kind=fsdp sums gradients of one type, but {name} is {one} and "
+                f"{second} is {other}: use train.precision=fp32, or place.kind=ddp"
             )
 
 
@@ -388,7 +396,3 @@ def _local_adapter(adapter: LoraLinear, whole_a: Tensor, own: Part) -> LoraLinea
     twin.out_features = own.length
     twin._modules = {**adapter._modules, "base": _local_linear(adapter.base, own)}
     return twin
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -96,6 +96,12 @@ class Single:
         del model, name
         return None
 
+    def packed(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """Those of the linear, which is whole here or nobody's."""
+        owner, _ = locate(model, name)
+        assert isinstance(owner, QuantLinear)
+        return owner.packed()
+
     @torch.no_grad()
     def load(self, model: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
         """Fill what the checkpoint calls `name`, packed by the device that keeps it.

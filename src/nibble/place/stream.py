@@ -50,7 +50,7 @@ from nibble.place.streamed import (
 from nibble.spec.config import Place
 from nibble.spec.phases import PROCESS_BYTES
 from nibble.spec.units import GIB, parse_bytes
-from nibble.weights.packed_cache import StoredTensors
+from nibble.weights.stored import StoredTensors
 
 READERS = 12
 """Threads that read a packed base from disk; with fewer a fast disk waits for checksums."""

@@ -4,9 +4,9 @@
     not yet        everything from the checkpoint; what was packed is kept beside the training
 
 Whoever loads sees one stream of (name, value) either way. A process asks only for what its
-placement keeps. Of several processes on a machine that hold the same weight the first one writes
-it; where none holds it whole (weights sharded by rows), and for models that are packed in a moment,
-nothing is kept.
+placement keeps. Of several processes on a machine that hold the same rows the first one writes
+them; where its processes do not hold all rows between them, and for models that are packed in a
+moment, nothing is kept.
 """
 
 from __future__ import annotations
@@ -23,18 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nibble.nn.adapters import locate
 from nibble.nn.quant import PackedWeight, QuantLinear
 from nibble.place.base import Placement
 from nibble.spec.holdings import placement_kind
-from nibble.weights.packed_cache import (
-    CacheWriter,
-    StoredTensors,
-    cache_folder,
-    cache_key,
-    open_cache,
-    read_ahead,
-)
+from nibble.weights.packed_cache import CacheWriter, cache_folder, cache_key, open_cache
+from nibble.weights.stored import StoredTensors, read_ahead
 
 if TYPE_CHECKING:
     from nibble.use.assemble import Assembly, Value
@@ -85,7 +78,7 @@ def values(
         yield from assembly.values(lambda name: name not in names and wanted(name), rows)
         return
     writer = _writer(assembly, place, entry, note)
-    yield from _kept(assembly, writer, wanted, rows)
+    yield from _kept(assembly, place, writer, wanted)
 
 
 def _goes_to_device(assembly: Assembly, place: Placement) -> bool:
@@ -102,24 +95,20 @@ def _rows_of(packed: PackedWeight, rows: slice | None) -> PackedWeight:
 
 
 def _kept(
-    assembly: Assembly,
-    writer: _Writer | None,
-    wanted: Callable[[str], bool],
-    rows: Callable[[str], slice | None],
+    assembly: Assembly, place: Placement, writer: _Writer | None, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, Value]]:
     """Values from the checkpoint, each one kept when the placement has packed it."""
-    whole = False
+    model, whole = assembly.model, False
     try:
-        for name, value in assembly.values(wanted, rows):
+        for name, value in assembly.values(wanted, lambda name: place.rows(model, name)):
             yield name, value
-            if writer is not None and name in writer.names:
+            if writer is not None and name in writer.first_rows:
                 if isinstance(value, PackedWeight):
                     writer.thread.abandon()  # the checkpoint itself is packed
                     writer = None
                 else:
-                    owner, _ = locate(assembly.model, name)
-                    assert isinstance(owner, QuantLinear)
-                    writer.thread.add(name, owner.packed())
+                    own = place.packed(model, name)
+                    writer.thread.add(name, own, first_row=writer.first_rows[name])
         whole = True
     finally:
         if writer is not None:
@@ -128,10 +117,10 @@ def _kept(
 
 @dataclass(frozen=True, kw_only=True)
 class _Writer:
-    """The thread that writes, and the weights that are this process's to write."""
+    """The thread that writes, and from which row on which weights are this process's to write."""
 
     thread: CacheWriter
-    names: frozenset[str]
+    first_rows: dict[str, int]
 
 
 def _entry(assembly: Assembly, place: Placement) -> _Entry | None:
@@ -166,18 +155,24 @@ def _writer(assembly: Assembly, place: Placement, entry: _Entry, note: Note) -> 
     names = list(entry.linears)
     rank, world = place.rank, place.world
     here = zlib.crc32(f"{socket.gethostname()} {_boot()}".encode())
-    table = torch.zeros(world, len(names) + 2, dtype=torch.int64)
+    table = torch.zeros(world, 2 * len(names) + 2, dtype=torch.int64)
     table[rank, 0] = here
     table[rank, 1] = secrets.randbits(62) if rank == 0 else 0
-    for column, name in enumerate(names, start=2):
-        table[rank, column] = int(place.rows(assembly.model, name) is None)
+    for number, name in enumerate(names):
+        rows = place.rows(assembly.model, name) or slice(0, entry.linears[name][0])
+        table[rank, 2 + 2 * number] = rows.start
+        table[rank, 3 + 2 * number] = rows.stop
     table = place.sum(table)
     together = [other for other in range(world) if int(table[other, 0]) == here]
-    has = table[together, 2:]
-    if not bool((has.sum(0) > 0).all()):
-        return None
-    first = has.argmax(0).tolist()
     mine = together.index(rank)
+    held = table[together, 2:].view(len(together), len(names), 2).tolist()
+    first_rows: dict[str, int] = {}
+    for number, name in enumerate(names):
+        writers = _cover([one[number] for one in held], entry.linears[name][0])
+        if writers is None:
+            return None
+        if mine in writers:
+            first_rows[name] = held[mine][number][0]
     assert assembly.spec is not None
     thread = CacheWriter(
         entry.folder,
@@ -189,8 +184,22 @@ def _writer(assembly: Assembly, place: Placement, entry: _Entry, note: Note) -> 
         parts=len(together),
         note=note,
     )
-    kept = frozenset(name for name, part in zip(names, first, strict=True) if part == mine)
-    return _Writer(thread=thread, names=kept)
+    return _Writer(thread=thread, first_rows=first_rows)
+
+
+def _cover(rows: list[list[int]], num_rows: int) -> set[int] | None:
+    """Which of the processes that hold [start, stop) write all rows between them; None if some
+    rows are nobody's."""
+    writers: set[int] = set()
+    at = 0
+    while at < num_rows:
+        reach = {i: stop for i, (start, stop) in enumerate(rows) if start == at < stop}
+        if not reach:
+            return None
+        first = min(i for i, stop in reach.items() if stop == max(reach.values()))
+        writers.add(first)
+        at = reach[first]
+    return writers
 
 
 def _boot() -> str:

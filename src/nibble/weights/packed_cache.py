@@ -1,7 +1,8 @@
 """The packed base kept on disk, so that the next start reads it instead of packing it again.
 
     FOLDER/<key>.safetensors    codes, scales, ... of every packed linear, under their names
-    FOLDER/<key>.json           a checksum of each tensor; written last, so it vouches for the rest
+    FOLDER/<key>.json           checksums of each tensor, in the pieces in which it was written;
+                                written last, so it vouches for the rest
 
     key = sha256(packing version, files of the checkpoint (name, size, time), configuration,
                  format, names and shapes of the packed linears, kind of device)
@@ -12,10 +13,7 @@ training, and whoever ends last gives the file its name. A full or read-only dis
 and not the run. What is read is compared with its checksum: a damaged entry is an error that says
 what to delete, as part of it may be in use by then.
 
-Reading goes straight into the memory that keeps the tensor where that is host memory; never through
-a memory map, whose pages would count as the run's. What goes on to a device is read ahead by a few
-threads, as comparing takes longer than copying. `nibble` removes only entries that were left
-unfinished.
+Reading is in stored.py. `nibble` removes only entries that were left unfinished.
 """
 
 from __future__ import annotations
@@ -28,9 +26,7 @@ import queue
 import threading
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -42,6 +38,7 @@ from nibble.errors import WeightError
 from nibble.nn.quant import PackedWeight
 from nibble.spec.formats import DTYPE_BYTES, FormatSpec
 from nibble.weights.safetensors_source import Extent, read_header
+from nibble.weights.stored import PIECE_BYTES, Pieces, StoredTensors
 
 PACKING_VERSION = 1
 """Raised whenever the same weight would give other packed tensors."""
@@ -49,10 +46,6 @@ QUEUE_BYTES = 1 << 30
 """Copies of tensors that wait to be written; the loader waits for them."""
 LEFT_OVER_S = 24 * 3600
 WORDS = {"uint8": "U8", "int8": "I8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-PIECE_BYTES = 64 << 20
-NUM_READERS = 8
-NUM_AHEAD = 16
-"""Weights that are read before they are asked for: half a GiB of an 8B."""
 
 
 def cache_folder() -> Path:
@@ -92,76 +85,18 @@ def cache_key(
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:40]
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of one packed weight in a file: read when asked for, and compared."""
-
-    def __init__(self, extents: Mapping[str, Extent], checksums: Mapping[str, int]) -> None:
-        self._extents, self._checksums = extents, checksums
-        self._read: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read into fresh host memory, once."""
-        if name not in self._read:
-            entry = self._extents[name].entry
-            made = torch.empty(entry.shape, dtype=entry.dtype)
-            self.read_into(name, made)
-            self._read[name] = made
-        return self._read[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._extents)
-
-    def __len__(self) -> int:
-        """How many tensors."""
-        return len(self._extents)
-
-    def entry(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type, without reading."""
-        entry = self._extents[name].entry
-        return entry.shape, entry.dtype
-
-    def rows(self, rows: slice) -> StoredTensors:
-        """Only these rows of each tensor. A checksum is of a whole tensor: part of one is read
-        without being compared.
-        """
-        return StoredTensors({name: e.of_rows(rows) for name, e in self._extents.items()}, {})
-
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Fill a contiguous host tensor of this shape and type; threads may do so side by side.
-
-        Raises WeightError when the file is shorter or other than what was written.
-        """
-        extent = self._extents[name]
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        found = 0
-        with extent.file.open("rb", buffering=0) as file:
-            for start in range(0, extent.num_bytes, PIECE_BYTES):
-                piece = view[start : min(start + PIECE_BYTES, extent.num_bytes)]
-                done = 0
-                while done < len(piece):
-                    count = os.preadv(file.fileno(), [piece[done:]], extent.offset + start + done)
-                    if count == 0:
-                        break
-                    done += count
-                found = zlib.crc32(piece, found)
-        if found != self._checksums.get(name, found):
-            raise WeightError(
-                f"{extent.file} is damaged at {name}: delete it, and the next start packs again"
-            )
-
-
 def open_cache(folder: Path, key: str, spec: FormatSpec) -> dict[str, PackedWeight]:
     """The packed weights of an entry by name, unread; empty when there is no whole entry."""
     try:
         checksums = json.loads((folder / f"{key}.json").read_text())
         extents = read_header(folder / f"{key}.safetensors")
-        weights: dict[str, tuple[dict[str, Extent], dict[str, int]]] = {}
+        weights: dict[str, tuple[dict[str, Extent], dict[str, Pieces]]] = {}
         for full_name, extent in extents.items():
             name, _, leaf = full_name.rpartition(".")
             found = weights.setdefault(name, ({}, {}))
-            found[0][leaf], found[1][leaf] = extent, int(checksums[full_name])
-    except (OSError, ValueError, KeyError, WeightError):
+            known = tuple((int(length), int(sum_)) for length, sum_ in checksums[full_name])
+            found[0][leaf], found[1][leaf] = extent, known
+    except (OSError, ValueError, KeyError, TypeError, WeightError):
         return {}
     return {
         name: PackedWeight(spec=spec, tensors=StoredTensors(*parts))
@@ -169,32 +104,10 @@ def open_cache(folder: Path, key: str, spec: FormatSpec) -> dict[str, PackedWeig
     }
 
 
-def read_ahead(weights: Iterable[tuple[str, PackedWeight]]) -> Iterator[tuple[str, PackedWeight]]:
-    """The same weights in the same order, those that come next being read meanwhile.
-
-    Raises WeightError for a damaged one when its turn comes.
-    """
-    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="nibble-reader") as pool:
-        waiting: deque[tuple[str, PackedWeight, list[Future[Tensor]]]] = deque()
-
-        def first() -> tuple[str, PackedWeight]:
-            name, packed, reads = waiting.popleft()
-            for read in reads:
-                read.result()
-            return name, packed
-
-        for name, packed in weights:
-            reads = [pool.submit(packed.tensors.__getitem__, leaf) for leaf in packed.tensors]
-            waiting.append((name, packed, reads))
-            if len(waiting) > NUM_AHEAD:
-                yield first()
-        while waiting:
-            yield first()
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     full_name: str
+    first_row: int
     tensor: Tensor
     is_copy: bool
 
@@ -222,15 +135,18 @@ class CacheWriter:
         self._part, self._parts = part, parts
         self._header, self._offsets, self._num_bytes = _layout(spec, linears)
         self._unnamed = folder / f".writing-{key}-{token}"
-        self._checksums: dict[str, int] = {}
+        self._checksums: dict[str, list[tuple[int, int, int]]] = {}
+        """Where each piece begins in its tensor, its length, its checksum."""
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._room = threading.Semaphore(QUEUE_BYTES >> 20)
         self._failed = False
         self._thread = threading.Thread(target=self._write_all, name="nibble-packed-cache")
         self._thread.start()
 
-    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a packed weight whose tensors no longer change; those on a device are copied."""
+    def add(self, name: str, tensors: Mapping[str, Tensor], *, first_row: int = 0) -> None:
+        """Write a packed weight, or its rows from `first_row` on, whose tensors no longer change;
+        those on a device are copied.
+        """
         for leaf, tensor in tensors.items():
             if self._failed:
                 return
@@ -239,7 +155,9 @@ class CacheWriter:
                 for _ in range(_room_of(tensor)):
                     self._room.acquire()
             held = tensor.detach().cpu() if is_copy else tensor.detach()
-            self._jobs.put(_Job(full_name=f"{name}.{leaf}", tensor=held, is_copy=is_copy))
+            self._jobs.put(
+                _Job(full_name=f"{name}.{leaf}", first_row=first_row, tensor=held, is_copy=is_copy)
+            )
 
     def close(self) -> None:
         """Nothing follows; the thread ends when all is written."""
@@ -300,13 +218,14 @@ class CacheWriter:
     def _write(self, handle: int, job: _Job) -> None:
         flat = job.tensor.contiguous().reshape(-1).view(torch.uint8)
         view = memoryview(flat.numpy())  # type: ignore[arg-type]
-        offset, found = self._offsets[job.full_name], 0
+        begin = job.first_row * (len(view) // max(1, job.tensor.shape[0]))
+        offset, found = self._offsets[job.full_name][0] + begin, 0
         for start in range(0, len(view), PIECE_BYTES):
             piece, done = view[start : start + PIECE_BYTES], 0
             found = zlib.crc32(piece, found)
             while done < len(piece):
                 done += os.pwrite(handle, piece[done:], offset + start + done)
-        self._checksums[job.full_name] = found
+        self._checksums.setdefault(job.full_name, []).append((begin, len(view), found))
 
     def _finish(self) -> None:
         """This part is whole; if all are, the entry gets its name."""
@@ -318,10 +237,15 @@ class CacheWriter:
         if not all(path.is_file() for path in told):
             return
         with contextlib.suppress(FileNotFoundError):  # another part came to the same end
-            checksums: dict[str, int] = {}
+            pieces: dict[str, list[list[int]]] = {name: [] for name in self._offsets}
             for path in told:
-                checksums |= json.loads(path.read_text())
-            if checksums.keys() == self._offsets.keys():
+                for name, own in json.loads(path.read_text()).items():
+                    pieces[name] += own
+            checksums = {name: _joined(own) for name, own in pieces.items()}
+            if all(
+                sum(length for length, _ in checksums[name]) == size
+                for name, (_, size) in self._offsets.items()
+            ):
                 self._unnamed.rename(self._folder / f"{self._key}.safetensors")
                 vouched = self._folder / f".writing-{self._key}-{os.getpid()}.json"
                 vouched.write_text(json.dumps(checksums))
@@ -330,12 +254,23 @@ class CacheWriter:
                 path.unlink()
 
 
+def _joined(pieces: list[list[int]]) -> list[tuple[int, int]]:
+    """Lengths and checksums of pieces that follow each other from the beginning on."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    for begin, length, checksum in sorted(pieces):
+        if begin == end:
+            found.append((length, checksum))
+            end += length
+    return found
+
+
 def _layout(
     spec: FormatSpec, linears: Mapping[str, tuple[int, int]]
-) -> tuple[bytes, dict[str, int], int]:
-    """The file's header, where each tensor begins in it, and its length."""
+) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+    """The file's header, where each tensor begins in it and how long it is, and its length."""
     header: dict[str, object] = {"__metadata__": {"format": repr(spec)}}
-    begins: dict[str, int] = {}
+    begins: dict[str, tuple[int, int]] = {}
     end = 0
     for name, shape in linears.items():
         for leaf, tensor in spec.tensors(shape).items():
@@ -345,12 +280,12 @@ def _layout(
                 "shape": list(tensor.shape),
                 "data_offsets": [end, end + size],
             }
-            begins[f"{name}.{leaf}"] = end
+            begins[f"{name}.{leaf}"] = (end, size)
             end += size
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     start = 8 + len(raw)
-    offsets = {name: start + begin for name, begin in begins.items()}
+    offsets = {name: (start + begin, size) for name, (begin, size) in begins.items()}
     return len(raw).to_bytes(8, "little") + raw, offsets, start + end
 
 
