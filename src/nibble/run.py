@@ -100,12 +100,7 @@ def _train(
         versions = gather_versions(seed=recipe.train.seed)
         folder.write_versions(versions)
         if group.is_first:
-            for sink in make_sinks(
-                recipe.report.sinks, _sink_context(recipe, folder), stream=stream
-            ):
-                report.add(sink)
-        for line in notes:
-            report.note(line)
+            _show(report, recipe, folder, stream=stream, notes=notes)
         assembly, splits = _model_and_data(recipe, group, report)
         recipe = assembly.recipe
         folder.write_recipe(recipe)
@@ -169,6 +164,21 @@ def _profiler(recipe: Recipe, folder: RunFolder, place: Placement, report: Repor
         device=place.device,
         note=report.note,
     )
+
+
+def _show(
+    report: Report,
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    stream: IO[str] | None,
+    notes: Sequence[str],
+) -> None:
+    """Let the recipe's sinks see the run, first of all what was decided about it."""
+    for sink in make_sinks(recipe.report.sinks, _sink_context(recipe, folder), stream=stream):
+        report.add(sink)
+    for line in notes:
+        report.note(line)
 
 
 def _sink_context(recipe: Recipe, folder: RunFolder) -> SinkContext:

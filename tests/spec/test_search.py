@@ -32,6 +32,7 @@ from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.load import dump_recipe, load_recipe
 from nibble.spec.neighbours import neighbours
+from nibble.spec.phases import CUDA_CONTEXT_BYTES
 from nibble.spec.plan import Plan, plan
 from nibble.spec.planner import Budget, Planner, budget_of, rate
 from nibble.spec.search import Found, search, starting
@@ -311,7 +312,7 @@ def test_budgets_that_contradict_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"fit needs a budget: name a card"):
         budget(device=None)
     told = budget("vram=8GiB", "ram=16GiB")
-    assert told.device_bytes == 8 * GIB + GIB // 2 and told.host_bytes == 16 * GIB
+    assert told.device_bytes == 8 * GIB + CUDA_CONTEXT_BYTES and told.host_bytes == 16 * GIB
     assert budget().words() == (
         "24.00 GiB of a card less 737.3 MiB to spare and 32.00 GiB of the host"
     )
