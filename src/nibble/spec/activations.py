@@ -71,6 +71,8 @@ class Work:
     """Gradients of weights come with backward and stay until the step."""
     accumulates: bool = False
     """They are added to those of passes before."""
+    on_card: bool = False
+    """CUDA's kernels compute; they take no groups of heads in fp32."""
     num_idle: int = 0
     """Blocks below the first trained one: nothing there waits for backward."""
 
@@ -129,9 +131,10 @@ def kept_outside(shape: Architecture, work: Work) -> dict[str, int]:
 
 
 def materialises(shape: Architecture, work: Work) -> bool:
-    """Whether scores exist although attention is fused: no kernel takes groups of heads in fp32."""
+    """Whether scores exist although attention is fused elsewhere: in fp32, with groups of heads."""
     sizes = shape.sizes
-    return work.element == 4 and sizes.num_kv_heads < sizes.num_heads and not work.packed_rows
+    in_groups = sizes.num_kv_heads < sizes.num_heads and not work.packed_rows
+    return work.on_card and work.element == 4 and in_groups
 
 
 def input_bytes(shape: Architecture, work: Work) -> int:

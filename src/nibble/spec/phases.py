@@ -93,7 +93,7 @@ class Phase:
         return sum(self.host.values())
 
 
-def work_of(recipe: Recipe, stock: Inventory) -> Work:
+def work_of(recipe: Recipe, stock: Inventory, *, on_cpu: bool = False) -> Work:
     """One training pass of the recipe with rows of full length: the most that it can be."""
     adapter, train = recipe.adapter, recipe.train
     compute = COMPUTE_DTYPE[train.precision]
@@ -122,6 +122,7 @@ def work_of(recipe: Recipe, stock: Inventory) -> Work:
         and train.gradient_accumulation_steps > 1
         and not recipe.optim.layerwise,
         num_idle=stock.num_idle,
+        on_card=not on_cpu,
     )
 
 

@@ -220,7 +220,7 @@ def plan(
     """
     on_cpu = recipe.place.device == "cpu" if on_cpu is None else on_cpu
     stock = inventory(recipe, architecture) if stock is None else stock
-    work = work_of(recipe, stock)
+    work = work_of(recipe, stock, on_cpu=on_cpu)
     run = Run(
         recipe=recipe,
         stock=stock,
