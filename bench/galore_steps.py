@@ -89,10 +89,10 @@ ROWS = {
     ),
     "small": (
         Row(
-            name="16 GiB card: nibble galore8bit in backward, rank 256, bf16 weights, offload",
+            name="16 GiB card: nibble galore8bit in backward, rank 256, int8 bases, offload",
             cap="15.5GiB",
             batch=(8, 256),
-            optim={**GALORE, **NOW, "rank": 256},
+            optim={**GALORE, **NOW, "rank": 256, "basis_storage": "int8"},
             train={"activation_offload": True},
         ),
         Row(
