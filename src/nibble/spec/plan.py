@@ -1,7 +1,7 @@
 """The plan: what a run needs, in bytes by category at each phase, and how fast it can be.
 
     peak = max over phases of  weights + gradients + optimiser + activations + workspaces
-                               + allocator's loss (3 %) + CUDA context (0.5 GiB)
+                               + allocator's loss (3.5 %) + CUDA context (0.75 GiB)
 
 Idea. Every phase (load, first step, steady step, evaluation, save, merge) passes through a few
 moments; a moment is a dictionary of categories, and the phase is its largest moment. Tensors that
