@@ -161,8 +161,8 @@ class Placement(Protocol):
         """Peak memory of this process."""
         ...
 
-    def reset_memory(self) -> None:
-        """Start a new peak."""
+    def reset_memory(self, *, keep_cache: bool = False) -> None:
+        """Start a new peak, with cached memory given back unless it is kept."""
         ...
 
     def close(self) -> None:

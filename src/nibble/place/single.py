@@ -251,10 +251,11 @@ class Single:
             host_bytes=host_peak_bytes(),
         )
 
-    def reset_memory(self) -> None:
-        """Give cached memory back and start a new peak."""
+    def reset_memory(self, *, keep_cache: bool = False) -> None:
+        """Start a new peak, with cached memory given back unless it is kept."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            if not keep_cache:
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
 

@@ -1,10 +1,10 @@
 """What each phase of a run has had of memory at its peak: load, first and later steps, evaluation,
 save.
 
-A phase ends by reading the peaks and beginning new ones, which also gives cached memory back. That
-matters once: the optimiser's state is made in the first step, in the gaps between gradients; what
-is left of those gaps would be reserved for the rest of the run. It takes some milliseconds where a
-phase ends, and nothing in a step.
+A phase ends by reading the peaks and beginning new ones. Twice cached memory is given back as well:
+when weights are loaded, and behind the first step, where the optimiser's state was made in the gaps
+between gradients; what is left of those gaps would be reserved for the rest of the run. That takes
+some milliseconds once; other phases cost nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class PhaseMemory:
 
     def loaded(self) -> None:
         """Weights are in their place; steps follow."""
-        self._end()
+        self._end(keep_cache=False)
         self._now = FIRST
 
     def stepped(self) -> None:
         """A step was made."""
         if self._now == FIRST:
-            self._end()
+            self._end(keep_cache=False)
             self._now = STEADY
 
     @contextmanager
@@ -58,9 +58,9 @@ class PhaseMemory:
             self._end()
             self._now = before
 
-    def _end(self) -> None:
+    def _end(self, *, keep_cache: bool = True) -> None:
         self._peaks[self._now] = largest(self._place.memory(), self._peaks.get(self._now))
-        self._place.reset_memory()
+        self._place.reset_memory(keep_cache=keep_cache)
 
     def peaks(self) -> dict[str, Memory]:
         """Of each phase that was, the most that any process has had; all must ask together."""
