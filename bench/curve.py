@@ -3,12 +3,15 @@
     python bench/curve.py --model FOLDER --data alpaca.json.xz [--steps 200] [--rows 8]
                           [--length 512] [--rate 2e-4]
 
-Both train LoRA r=16 on all linears of an nf4 base with double-quantised scales. hf is transformers,
-peft and bitsandbytes as they come, with torch's AdamW and clipping at 1. The rows of every step,
-their order, the first values of the adapters and the schedule (cosine after a tenth) are the same,
-so the curves differ by rounding alone. How much rounding does is measured as well: hf runs a
-second time with its arithmetic in float32, and nibble's distance from that run is compared with
-hf's own. Two curves are called alike if that ratio of mean distances is at most --bound.
+Both train LoRA r=16 on all linears of an nf4 base with double-quantised scales. hf is transformers
+and peft as they come, with torch's AdamW and clipping at 1. The rows of every step, their order,
+the values of the packed base, the first values of the adapters and the schedule (cosine after a
+tenth) are the same, so the curves differ by rounding alone. How much rounding does is measured as
+well: hf runs a second time with its arithmetic in float32, and nibble's distance from that run is
+compared with hf's own. Two curves are called alike if that ratio of mean distances is at most
+--bound. A third run of hf packs the base with bitsandbytes, whose 8-bit scales are grouped
+otherwise (and whose blocks are, where rows are no multiple of 64): that curve is shown and not
+judged, as it is of another base.
 
 Prints a JSON line every tenth of the steps, and one at the end. FOLDER is a Llama in transformers'
 layout; a GGUF file is written as one first. --tiny makes a random one.
@@ -44,6 +47,13 @@ class Step(NamedTuple):
     mask: Tensor
 
 
+class Same(NamedTuple):
+    """What all runs begin with, by nibble's names: the unpacked base (bfloat16) and adapters."""
+
+    base: dict[str, Tensor]
+    adapters: dict[str, Tensor]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path)
@@ -60,17 +70,17 @@ def main() -> None:
         if options.tiny:
             options.model = write_tiny(Path(folder))
             options.steps, options.rows, options.length = 12, 2, 64
-        elif options.model.suffix == ".gguf":
-            options.model = unpacked(options.model, Path(folder) / "model")
+        else:
+            options.model = in_bfloat16(options.model, Path(folder) / "model")
         steps = make_steps(options)
         curves = {}
-        first: dict[str, Tensor] = {}
-        for name in ("nibble", "hf", "hf float32"):
+        same = Same({}, {})
+        for name in ("nibble", "hf", "hf float32", "hf bitsandbytes"):
             began = time.perf_counter()
             if name == "nibble":
-                curves[name] = nibble_curve(options, steps, Path(folder), first)
+                curves[name] = nibble_curve(options, steps, Path(folder), same)
             else:
-                curves[name] = hf_curve(options, steps, first, exact=name != "hf")
+                curves[name] = hf_curve(options, steps, same, name)
             seconds = round(time.perf_counter() - began, 1)
             say(bench="curve", stack=name, seconds=seconds, **ends(curves[name]))
     compare(options, curves)
@@ -186,12 +196,13 @@ class Steps:
 
 
 def nibble_curve(
-    options: argparse.Namespace, steps: Sequence[Step], folder: Path, first: dict[str, Tensor]
+    options: argparse.Namespace, steps: Sequence[Step], folder: Path, same: Same
 ) -> list[float]:
-    """Losses of nibble's loop; `first` gets the adapters' first values."""
+    """Losses of nibble's loop; `same` gets what it began with."""
     from step import _run
 
     from nibble.nn.adapters import adapters
+    from nibble.nn.quant import dense_weight
     from nibble.optim import Schedule
     from nibble.place.activations import Activations
     from nibble.place.single import one_device
@@ -211,7 +222,9 @@ def nibble_curve(
     assembly = assemble(recipe)
     fill(assembly, place, activations=Activations.of(recipe.train))
     for name, adapter in adapters(assembly.model).items():
-        first[f"{name}.lora_A"] = adapter.lora_A.detach().cpu().clone()
+        same.adapters[f"{name}.lora_A"] = adapter.lora_A.detach().cpu().clone()
+        weight = dense_weight(adapter.base, torch.bfloat16)
+        same.base[f"{name}.weight"] = weight.detach().cpu().clone()
     run = _run(recipe, assembly, place, folder)
     run.state.schedule = Schedule(
         run.state.optimizer, name="cosine", total_steps=len(steps), warmup_steps=_warmup(steps)
@@ -227,30 +240,21 @@ def _warmup(steps: Sequence[Step]) -> int:
 
 
 def hf_curve(
-    options: argparse.Namespace, steps: Sequence[Step], first: dict[str, Tensor], *, exact: bool
+    options: argparse.Namespace, steps: Sequence[Step], same: Same, name: str
 ) -> list[float]:
-    """Losses of a plain loop over transformers, peft and bitsandbytes."""
+    """Losses of a plain loop over transformers and peft."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch.float32 if exact else torch.bfloat16
+    exact = name == "hf float32"
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    words = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    net = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, quantization_config=words, device_map={"": device}
-    )
+    net = _net(options.model, same, name, device=device)
     net.requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     net = get_peft_model(net, lora).train()
     parameters = dict(net.named_parameters())
     with torch.no_grad():
-        for name, value in first.items():
-            parameters[f"base_model.model.{name}.default.weight"].copy_(value)
+        for own, value in same.adapters.items():
+            parameters[f"base_model.model.{own}.default.weight"].copy_(value)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
     losses = []
@@ -270,6 +274,27 @@ def hf_curve(
     return losses
 
 
+def _net(model: Path, same: Same, name: str, *, device: str) -> Any:
+    """transformers' model: with the unpacked base, or packed by bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    load = AutoModelForCausalLM.from_pretrained
+    if name == "hf bitsandbytes":
+        words = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        return load(model, dtype=torch.bfloat16, quantization_config=words, device_map={"": device})
+    dtype = torch.float32 if name == "hf float32" else torch.bfloat16
+    net = load(model, dtype=dtype).to(device)
+    with torch.no_grad():
+        for own, value in same.base.items():
+            net.get_parameter(own).copy_(value)
+    return net
+
+
 def _factor(number: int, steps: Sequence[Step]) -> float:
     """The rate's share at an update: a cosine after a linear warm-up from 0."""
     warmup = _warmup(steps)
@@ -278,11 +303,14 @@ def _factor(number: int, steps: Sequence[Step]) -> float:
     return 0.5 * (1 + math.cos(math.pi * (number - warmup) / (len(steps) - warmup)))
 
 
-def unpacked(file: Path, folder: Path) -> Path:
-    """A GGUF's weights and tokenizer as transformers' folder, in bfloat16."""
+def in_bfloat16(model: Path, folder: Path) -> Path:
+    """A model's weights and tokenizer as transformers' folder, so that all runs quantise the same
+    numbers, whatever they compute in."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": model}
+    if model.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": model.parent, "gguf_file": model.name}
     AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     return folder
