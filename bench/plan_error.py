@@ -247,7 +247,7 @@ def _measured(
         memory = {"load": _peaks(device, base)}
         build_s = time.perf_counter() - began
         run = _run(assembly, place, folder)
-        place.reset_memory()
+        place.reset_memory()  # as a run does when it is loaded
         steps = _batches(row, vocabulary=assembly.built.config.get_text_config().vocab_size)
         walls = [_timed(run, steps, device)]
         memory["first step"] = _peaks(device, base)
@@ -261,7 +261,7 @@ def _measured(
         memory["steady step"] = {
             name: max(part[name] for part in (steady, *parts.values())) for name in steady
         }
-        place.reset_memory()
+        place.reset_memory(keep_cache=True)
         held_out_loss(assembly.model, next(steps), place=place, objective=run.objective)
         memory["evaluation"] = _peaks(device, base)
         loss = float(run.last_loss or 0.0)

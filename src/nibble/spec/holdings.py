@@ -167,16 +167,22 @@ def _zero(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
 
 
 def _streamed(recipe: Recipe, stock: Inventory, devices: Devices) -> Holding:
-    place, blocks = recipe.place, stock.base_by_block
+    place, vectors = recipe.place, stock.vectors_by_block
+    blocks = tuple(a - b for a, b in zip(stock.base_by_block, vectors, strict=True))
+    dense = sum(stock.dense_by_block) - sum(vectors)
     resident = 0 if place.resident_blocks == "auto" else min(place.resident_blocks, len(blocks))
     largest = max(blocks, default=0)
     streamed = sum(sorted(blocks)[: len(blocks) - resident])
-    on_device = 1 - streamed / max(1, sum(blocks))
-    outside = stock.base_weights_bytes - sum(stock.dense_by_block)
+    total = max(1, sum(blocks))
+
+    def resident_part(nbytes: int) -> int:
+        return nbytes * (total - streamed) // total
+
+    outside = stock.base_weights_bytes - dense
     return Holding(
-        base_codes=int(stock.base_codes_bytes * on_device),
-        base_scales=int(stock.base_scales_bytes * on_device),
-        base_weights=outside + int(sum(stock.dense_by_block) * on_device),
+        base_codes=resident_part(stock.base_codes_bytes),
+        base_scales=resident_part(stock.base_scales_bytes),
+        base_weights=outside + resident_part(dense),
         trained_weights=stock.trained_bytes,
         gradients=stock.gradient_bytes,
         optimizer_state=stock.optimizer_bytes,

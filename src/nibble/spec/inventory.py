@@ -50,6 +50,8 @@ class Inventory:
     """Frozen bytes of each block."""
     dense_by_block: tuple[int, ...]
     """Those of them that are not packed."""
+    vectors_by_block: tuple[int, ...]
+    """And of those the ones of one dim, which streaming leaves on the device."""
     trained_by_block: tuple[int, ...]
     """Trained bytes of each block."""
     trained: tuple[TensorSpec, ...]
@@ -113,7 +115,7 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
     saved = [*adapter.modules_to_save] if adapter.kind != "none" else []
     adapted = _adapted(adapter, architecture, saved)
     codes = scales = weights = 0
-    by_block, dense, learnt = (Counter[int | None]() for _ in range(3))
+    by_block, dense, vectors, learnt = (Counter[int | None]() for _ in range(4))
     trained: dict[str, TensorSpec] = {}
     names_trained: set[str] = set()
     replaced = 0
@@ -134,6 +136,7 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
             weights += nbytes
             by_block[parameter.block] += nbytes
             dense[parameter.block] += nbytes
+            vectors[parameter.block] += nbytes if len(parameter.shape) == 1 else 0
     block_of = {parameter.name: parameter.block for parameter in model.parameters}
     beside = _beside(recipe, architecture, adapted, block_of)
     num_adapter = sum(prod(tensor.shape) for tensor in beside.values())
@@ -159,6 +162,7 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         base_weights_bytes=weights,
         base_by_block=_of_blocks(by_block, model),
         dense_by_block=_of_blocks(dense, model),
+        vectors_by_block=_of_blocks(vectors, model),
         trained_by_block=_of_blocks(learnt, model),
         trained=tuple(trained.values()),
         trained_bytes=sum(costs.weights.values()),
