@@ -183,6 +183,7 @@ class Worker:
             self.found[name] = train(*words, splits=self.splits, **more)
         except Exception:
             self.found[name] = {"error": traceback.format_exc()}
+            print(self.found[name]["error"])
         print(f"{name}: {time.perf_counter() - began:.2f} s", flush=True)
 
     def by_itself(self, case: dict[str, Any], name: str, *, folder: Path) -> None:

@@ -25,7 +25,7 @@ from nibble.spec.config import Place, Recipe
 from nibble.train.whole import WholeFile
 
 STAGES = (2, 3)
-STEPS = 20
+STEPS, FEW = 8, 3
 pytestmark = pytest.mark.timeout(PATIENCE_S)
 TWO = Group(device=torch.device("cpu"), rank=1, world=2, local_rank=1, local_world=2)
 needs_library = pytest.mark.skipif(
@@ -38,6 +38,9 @@ def table(root: Path) -> list[dict[str, Any]]:
     rows = []
     for adapter in ("none", "lora", "dora"):
         for accumulation in (1, 3):
+            if (adapter, accumulation) == ("dora", 1):
+                continue
+            long = (adapter, accumulation) in (("lora", 3), ("none", 1))
             for stage in (None, *STAGES):
                 kind = "single" if stage is None else "deepspeed"
                 rows.append(
@@ -46,8 +49,8 @@ def table(root: Path) -> list[dict[str, Any]]:
                         "single": f"single {adapter} {accumulation}",
                         "kind": kind,
                         "accumulation": accumulation,
-                        "steps": STEPS,
-                        "restore": True,
+                        "steps": STEPS if long else FEW,
+                        "restore": long,
                         "recipe": a_recipe(root, "none", adapter),
                         "place": {} if stage is None else {"zero_stage": stage},
                     }
@@ -62,13 +65,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     make_base(root / "base")
     make_data(root / "train.jsonl")
     (root / "cases.json").write_text(json.dumps(table(root)))
-    ended = start(Path(__file__).with_name("placements_worker.py"), root, timeout_s=PATIENCE_S - 60)
+    ended = start(Path(__file__).with_name("deepspeed_worker.py"), root, timeout_s=PATIENCE_S - 60)
     for code, output in ended:
         assert code == 0, output[-4000:]
     return [torch.load(root / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 NAMES = [row["name"] for row in table(Path(".")) if row["kind"] == "deepspeed"]
+RESTORED = [r["name"] for r in table(Path(".")) if r["kind"] == "deepspeed" and r["restore"]]
 
 
 @needs_library
@@ -83,7 +87,7 @@ def test_zero_trains_as_one_device_does(name: str, found: list[dict[str, Any]]) 
 
 @needs_library
 @pytest.mark.dist
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RESTORED)
 def test_a_run_goes_on_with_another_number_of_processes(
     name: str, found: list[dict[str, Any]]
 ) -> None:
