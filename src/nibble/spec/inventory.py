@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -114,55 +114,38 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
     packed = _packed(recipe, architecture, spec)
     saved = [*adapter.modules_to_save] if adapter.kind != "none" else []
     adapted = _adapted(adapter, architecture, saved)
-    codes = scales = weights = 0
-    by_block, dense, vectors, learnt = (Counter[int | None]() for _ in range(4))
-    trained: dict[str, TensorSpec] = {}
-    names_trained: set[str] = set()
-    replaced = 0
+    found = _Found()
     for parameter in model.parameters:
         dtype = _trained_dtype(recipe, parameter, saved, added)
         if adapter.kind == "factorised" and parameter.module in adapted and _is_matrix(parameter):
-            replaced += parameter.size
+            found.replaced += parameter.size
         elif dtype is not None:
-            trained[parameter.name] = TensorSpec(shape=parameter.shape, dtype=dtype)
-            names_trained.add(parameter.kind)
-        elif parameter.name in packed and spec is not None:
-            tensors = spec.tensors(parameter.matrix)
-            codes += tensors["codes"].nbytes
-            scales += spec.nbytes(parameter.matrix) - tensors["codes"].nbytes
-            by_block[parameter.block] += spec.nbytes(parameter.matrix)
+            found.trained[parameter.name] = TensorSpec(shape=parameter.shape, dtype=dtype)
         else:
-            nbytes = parameter.size * DTYPE_BYTES[compute]
-            weights += nbytes
-            by_block[parameter.block] += nbytes
-            dense[parameter.block] += nbytes
-            vectors[parameter.block] += nbytes if len(parameter.shape) == 1 else 0
+            found.freeze(parameter, spec if parameter.name in packed else None, compute)
+    trained = found.trained
+    tables = _Tables.of(model, trained)
     block_of = {parameter.name: parameter.block for parameter in model.parameters}
     beside = _beside(recipe, architecture, adapted, block_of)
     num_adapter = sum(prod(tensor.shape) for tensor in beside.values())
     trained |= beside
     costs = learning(recipe.optim, trained)
+    learnt = Counter[int | None]()
     for name, nbytes in costs.weights.items():
         learnt[block_of[name]] += nbytes
     sizes = [p.size for p in architecture.parameters]
-    by_kind = {
-        kind: [trained[p.name] for p in model.parameters if p.kind == kind and p.name in trained]
-        for kind in ("embedding", "head")
-    }
-    heads = by_kind["embedding" if model.tied else "head"]
-    head = max(heads, key=lambda tensor: tensor.nbytes, default=None)
     largest = max(
         (p.matrix for p in architecture.parameters if p.name in packed), key=prod, default=None
     )
     return Inventory(
         architecture=model,
         spec=spec,
-        base_codes_bytes=codes,
-        base_scales_bytes=scales,
-        base_weights_bytes=weights,
-        base_by_block=_of_blocks(by_block, model),
-        dense_by_block=_of_blocks(dense, model),
-        vectors_by_block=_of_blocks(vectors, model),
+        base_codes_bytes=found.codes,
+        base_scales_bytes=found.scales,
+        base_weights_bytes=found.weights,
+        base_by_block=_of_blocks(found.by_block, model),
+        dense_by_block=_of_blocks(found.dense, model),
+        vectors_by_block=_of_blocks(found.vectors, model),
         trained_by_block=_of_blocks(learnt, model),
         trained=tuple(trained.values()),
         trained_bytes=sum(costs.weights.values()),
@@ -170,18 +153,18 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         passing_gradient_bytes=costs.passing + costs.sketches,
         optimizer_bytes=costs.state,
         num_trainable=sum(prod(tensor.shape) for tensor in trained.values()),
-        num_total=model.num_parameters - replaced + num_adapter,
+        num_total=model.num_parameters - found.replaced + num_adapter,
         num_packed=sum(p.size for p in model.parameters if p.name in packed),
         trained_blocks=added,
         adapted=frozenset(adapted),
         num_adapter=num_adapter,
         largest_packed=0 if largest is None else prod(largest),
         largest_tensor=max(sizes, default=0),
-        embedding_trained="embedding" in names_trained,
-        head_trained=head is not None,
-        head_element=None if head is None else DTYPE_BYTES[head.dtype],
-        head_gradient_bytes=0 if head is None else head.nbytes,
-        embedding_gradient_bytes=max((t.nbytes for t in by_kind["embedding"]), default=0),
+        embedding_trained=bool(tables.embedding),
+        head_trained=tables.head is not None,
+        head_element=None if tables.head is None else DTYPE_BYTES[tables.head.dtype],
+        head_gradient_bytes=0 if tables.head is None else tables.head.nbytes,
+        embedding_gradient_bytes=tables.embedding,
         last_packed=max(
             (p.size for p in model.parameters if p.name in packed and is_last(p)), default=0
         ),
@@ -189,6 +172,59 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         packing_bytes=packing_bytes(spec, largest),
         update_bytes=update_bytes(recipe.optim, trained.values()),
     )
+
+
+@dataclass
+class _Found:
+    """Bytes of what is frozen, in all and by block, and what is trained of the model itself."""
+
+    codes: int = 0
+    scales: int = 0
+    weights: int = 0
+    replaced: int = 0
+    """Weights that factors take the place of."""
+    by_block: Counter[int | None] = field(default_factory=Counter)
+    dense: Counter[int | None] = field(default_factory=Counter)
+    vectors: Counter[int | None] = field(default_factory=Counter)
+    trained: dict[str, TensorSpec] = field(default_factory=dict)
+
+    def freeze(self, parameter: Parameter, spec: FormatSpec | None, dtype: str) -> None:
+        """Count a parameter that is stored packed, or without `spec` in `dtype`."""
+        if spec is not None:
+            tensors = spec.tensors(parameter.matrix)
+            nbytes = spec.nbytes(parameter.matrix)
+            self.codes += tensors["codes"].nbytes
+            self.scales += nbytes - tensors["codes"].nbytes
+            self.by_block[parameter.block] += nbytes
+            return
+        nbytes = parameter.size * DTYPE_BYTES[dtype]
+        self.weights += nbytes
+        self.by_block[parameter.block] += nbytes
+        self.dense[parameter.block] += nbytes
+        self.vectors[parameter.block] += nbytes if len(parameter.shape) == 1 else 0
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The embedding and the head where they are trained: bytes of the largest embedding's gradient
+    (0), and the head's tensor (None), which may be the embedding's."""
+
+    embedding: int
+    head: TensorSpec | None
+
+    @staticmethod
+    def of(model: Architecture, trained: dict[str, TensorSpec]) -> _Tables:
+        by_kind = {
+            kind: [
+                trained[p.name] for p in model.parameters if p.kind == kind and p.name in trained
+            ]
+            for kind in ("embedding", "head")
+        }
+        heads = by_kind["embedding" if model.tied else "head"]
+        return _Tables(
+            embedding=max((tensor.nbytes for tensor in by_kind["embedding"]), default=0),
+            head=max(heads, key=lambda tensor: tensor.nbytes, default=None),
+        )
 
 
 def _added_blocks(adapter: Adapter, architecture: Architecture) -> frozenset[int]:
