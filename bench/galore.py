@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from nibble.numerics import lowrank
 from nibble.optim import Optimizer, layerwise_
+from nibble.optim.refresh import Due, refresh_
 from nibble.spec.units import GIB
 
 PARTS = ("refresh", "update", "step", "small")
@@ -223,7 +224,7 @@ def _refreshes(
     tensors: Set, device: torch.device, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """All bases at once, then the steps of one gap with staggered refreshes, then the SVDs."""
-    ours = _refresh(tensors, device)
+    ours = _refresh(tensors, device, options)
     yield ours
     _reset(device)
     if wanted(options, "staggered"):
@@ -241,7 +242,7 @@ def _refreshes(
     }
 
 
-def _refresh(tensors: Set, device: torch.device) -> dict[str, Any]:
+def _refresh(tensors: Set, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """All bases from whole gradients, as the ordinary mode makes them."""
     fallbacks = [0]
     whole = lowrank.householder
@@ -256,21 +257,53 @@ def _refresh(tensors: Set, device: torch.device) -> dict[str, Any]:
     projections = optimizer.projections(1)
 
     def refresh() -> None:
+        due = []
         for weight, projection in projections.items():
             state, grad = optimizer.state[weight], weight.grad
             assert grad is not None
-            projection.refresh_(state, projection.new_bases(state, grad), step=state["step"])
+            due.append(Due(projection, state, grad, state["step"]))
+        refresh_(due)
 
+    _reset_peak(device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     lowrank.householder = counted
     spent_s = [_timed(refresh, device) for _ in range(3)]
     lowrank.householder = whole
-    return {
+    row = {
         "row": "refresh: nibble randomised, all at once",
         "seconds": round(statistics.median(spent_s), 4),
+        "host_s": round(_host_s(refresh, device), 4),
         "num_matrices": len(projections),
         "householder": fallbacks[0],
+        "orthogonality": _orthogonality(optimizer),
+        "temporaries_gib": round(max(0.0, _peak(device) - before / GIB), 3),
         "peak_gib": _peak(device),
     }
+    if options.profile:
+        row["profile"] = kernel_times(refresh, device=device)
+    return row
+
+
+def _host_s(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds until all is launched."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    spent_s = time.perf_counter() - start
+    _wait(device)
+    return spent_s
+
+
+def _orthogonality(optimizer: Optimizer) -> float:
+    """The largest element of B^T B - 1 over stored bases B; 2e-3 is what bfloat16 allows."""
+    worst = 0.0
+    for state in optimizer.state.values():
+        for name in ("basis_left", "basis_right"):
+            if (basis := state.get(name)) is not None:
+                gram = basis.float().mT @ basis.float()
+                gram.diagonal().sub_(1)
+                worst = max(worst, gram.abs().amax().item())
+    return round(worst, 7)
 
 
 def _staggered(tensors: Set, device: torch.device) -> dict[str, Any]:

@@ -36,6 +36,7 @@ KINDS = (
             *("_forward_kernel", "_by_query_kernel", "_by_key_kernel", "flex_attention"),
         ),
     ),
+    ("factors", ("potrf", "trsm", "trsv", "trtri", "cholesky", "triangular")),
     (
         "matmul",
         (

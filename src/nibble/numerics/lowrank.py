@@ -15,7 +15,7 @@ Of a 16-bit gradient a basis is made `coarse`: Gram matrices are of columns roun
 products of such numbers are exact in float32, so tensor cores compute them at their full speed and
 Cholesky sees what it would see of float32 products. The rounding is noise of 0.2 % in the
 directions, which the products of the sketch have already; it comes before the last triangular
-solve, so it costs no orthogonality.
+factor, which is applied as a sum of bfloat16 numbers, so it costs no orthogonality.
 
 What a rule answers to R is U. The whole step is written with a small matrix and a factor a channel:
 
@@ -29,20 +29,21 @@ Channels run along the side that is not projected; c <= 1 holds the norm of the 
 projected to `norm_growth` times that of the step before. Stored bases may be int8 or int4, two
 codes a byte.
 
-Costs: svd min(m, n) m n fp32 flops many times over; a sketch 2 m n r and its QR 2 m r^2 in fp32 and
-4 m r^2 in bf16, half of that once more for a power iteration. Nothing waits for the device but an
-SVD and a basis of nearly all directions. It keeps nothing and knows no parameters, steps or seeds:
-generators are given.
+Costs: svd min(m, n) m n fp32 flops many times over; a sketch 2 m n r and its QR 8 m r^2, coarse
+14 m r^2 in bf16, and 4 r^3 in fp32; half of that once more for a power iteration. Nothing waits
+for the device but an SVD and a basis of nearly all directions. It keeps nothing and knows no
+parameters, steps or seeds: generators are given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from nibble.numerics.cholesky import inverse_factors
 from nibble.spec.lowrank import STORAGE_BLOCK
 
 JITTER = 1e-3
@@ -56,6 +57,11 @@ CERTAIN_SHARE = 0.75
 ORTHONORMAL_TOLERANCE = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
+Making = Generator[tuple[Tensor, float], Tensor, Tensor]
+"""A basis in the making: gives a Gram matrix and a shift, is sent the inverse factor; twice or more
+in all. So many share the factoring, which a GPU does for a dozen as fast as for one.
+"""
+
 
 def orthonormalise(sketch: Tensor, *, generator: torch.Generator, coarse: bool = False) -> Tensor:
     """Orthonormal basis, float32 [m, r], of the range of `sketch` [m, r], r <= m.
@@ -66,37 +72,53 @@ def orthonormalise(sketch: Tensor, *, generator: torch.Generator, coarse: bool =
     waits for the device; a sketch that is nearly square is checked. The diagonal of the triangular
     factor is positive, so equal sketches give equal bases.
     """
-    columns = _jittered(sketch, generator)
-    once, failed_first = _cholesky_qr(columns, shift=SHIFT, coarse=coarse)
-    basis, failed_second = _cholesky_qr(once, coarse=coarse)
-    if sketch.shape[1] <= CERTAIN_SHARE * sketch.shape[0]:
-        return basis
-    gram = basis.mT @ basis
-    gram.diagonal().sub_(1)
-    wrong = gram.abs().amax()
-    # A comparison with NaN is false: `not <=` sends what is not finite to Householder as well.
-    if bool((failed_first | failed_second) | ~(wrong <= ORTHONORMAL_TOLERANCE)):
-        return householder(columns)
+    (basis,) = together([_orthonormal(_jittered(sketch, generator, coarse=coarse))])
     return basis
 
 
-def conditioned(sketch: Tensor, *, generator: torch.Generator, coarse: bool = False) -> Tensor:
-    """Columns of the range of `sketch` that are far from dependent, at half of the cost of
-    orthonormal ones: enough to multiply with once more.
+def together(makings: Sequence[Making]) -> Iterator[Tensor]:
+    """Finish bases that are made by one recipe at one rank; yields them in order.
+
+    Only the inverse factors of their Gram matrices are found together: products have a launch for
+    each matrix, so a basis hangs on those beside it by the rounding of batched products on a GPU
+    at most, and on a CPU not at all.
     """
-    columns = _jittered(sketch, generator)
-    once, failed = _cholesky_qr(columns, shift=SHIFT, coarse=coarse)
-    # Without a wait: columns that could not be conditioned are only scaled.
-    return torch.where(failed, columns, once)
+    asked = [next(making) for making in makings]
+    while asked:
+        assert len(asked) == len(makings) and len({shift for _, shift in asked}) == 1
+        shift = asked[0][1]
+        grams = torch.stack([gram for gram, _ in asked])
+        asked.clear()
+        inverses = inverse_factors(grams, shift=shift)
+        del grams
+        for making, inverse in zip(makings, inverses, strict=True):
+            try:
+                asked.append(making.send(inverse))
+                continue
+            except StopIteration as end:
+                basis = end.value
+            yield basis
+            del basis
 
 
-def _jittered(sketch: Tensor, generator: torch.Generator) -> Tensor:
-    """Columns of norm 1 with noise of JITTER of it; equal lengths condition as well as a diagonal
-    can.
-    """
+def _orthonormal(columns: Tensor) -> Making:
+    """Two passes of CholeskyQR over jittered columns, the first shifted."""
+    once = _solved(columns, (yield _gram(columns), SHIFT))
+    once = once.to(columns.dtype)
+    basis = _solved(once, (yield _gram(once), 0.0), num_terms=3)
+    if columns.shape[1] <= CERTAIN_SHARE * columns.shape[0]:
+        return basis
+    gram = basis.mT @ basis
+    gram.diagonal().sub_(1)
+    # A comparison with NaN is false: `not <=` sends what is not finite to Householder as well.
+    return basis if bool(gram.abs().amax() <= ORTHONORMAL_TOLERANCE) else householder(columns)
+
+
+def _jittered(sketch: Tensor, generator: torch.Generator, *, coarse: bool = False) -> Tensor:
+    """Columns of norm 1, or of 0, with noise of JITTER; bfloat16 if coarse."""
     noise = torch.randn(sketch.shape, generator=generator, device=sketch.device)
     columns = _unit_columns(sketch.float()).add_(noise, alpha=JITTER / math.sqrt(sketch.shape[0]))
-    return _unit_columns(columns)
+    return columns.to(torch.bfloat16) if coarse else columns
 
 
 def _unit_columns(columns: Tensor) -> Tensor:
@@ -105,30 +127,37 @@ def _unit_columns(columns: Tensor) -> Tensor:
     return columns / norms.clamp_(min=_TINY)
 
 
-def _cholesky_qr(
-    columns: Tensor, *, shift: float = 0.0, coarse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Q of columns = Q R by the Cholesky factor of their Gram matrix, and whether that failed.
-
-    A `shift` of the diagonal, as a share of the Gram matrix' norm, lets it succeed above rounding;
-    the range of Q is that of the columns all the same (Fukaya et al., arXiv 1809.11085).
-    """
-    if coarse:
-        exact = columns.to(torch.bfloat16)
-        columns, gram = exact.float(), _gram(exact)
-    else:
-        gram = columns.mT @ columns
-    if shift > 0:
-        gram.diagonal().add_(torch.linalg.vector_norm(gram), alpha=shift)
-    upper, info = torch.linalg.cholesky_ex(gram, upper=True)
-    return torch.linalg.solve_triangular(upper, columns, upper=True, left=False), info != 0
-
-
 def _gram(columns: Tensor) -> Tensor:
-    """Float32 columns^T columns of bfloat16 columns."""
-    if columns.device.type != "cuda":
-        return columns.float().mT @ columns.float()
-    product: Tensor = torch.mm(columns.mT, columns, out_dtype=torch.float32)
+    """Float32 columns^T columns of float32 or bfloat16 columns."""
+    return _product(columns.mT, columns)
+
+
+def _solved(columns: Tensor, inverse: Tensor, *, num_terms: int = 2) -> Tensor:
+    """Q = columns X^T, float32, for the inverse factor X of their Gram matrix.
+
+    With a shift the range of Q is still that of the columns (Fukaya et al., arXiv 1809.11085).
+    Beside bfloat16 columns X is a sum of `num_terms` bfloat16 numbers: two leave off 2^-17 of it,
+    which a further pass repairs, and three no more than float32 does.
+    """
+    if columns.dtype == torch.float32:
+        return columns @ inverse.mT
+    total, rest = None, inverse
+    for _ in range(num_terms):
+        term = rest.to(columns.dtype)
+        rest = rest - term
+        made = _product(columns, term.mT)
+        total = made if total is None else total.add_(made)
+    assert total is not None
+    return total
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Float32 product of float32 or bfloat16 matrices; of the latter by tensor cores, exactly but
+    for the sums.
+    """
+    if one.dtype == torch.float32 or one.device.type != "cuda":
+        return one.float() @ other.float()
+    product: Tensor = torch.mm(one, other, out_dtype=torch.float32)
     return product
 
 
@@ -183,23 +212,29 @@ def randomised_basis(
     generator: torch.Generator,
     num_power_iterations: int = 1,
     coarse: bool = False,
-) -> Tensor:
-    """Basis of the dominant range of a matrix [m, n] on one side, float32 [side, rank].
+) -> Making:
+    """Basis of the dominant range of a matrix [m, n] on one side, float32 [side, rank], in the
+    making: `together` finishes it.
 
     `product(columns, side)` is the matrix (left) or its transpose (right) times columns, float32,
     as `sketch` makes it; `length` is the other side's. A power iteration takes the singular values
     to the third power, for two more products.
     """
-    columns = sketch_columns(length, rank=rank, generator=generator)
-    found = product(columns, side)
+    found = product(sketch_columns(length, rank=rank, generator=generator), side)
     other = "right" if side == "left" else "left"
     for _ in range(num_power_iterations):
         # 16-bit products tell directions apart down to a few thousandths of the largest, before
-        # and after squaring: their columns are conditioned once, where they are squared.
-        first = _unit_columns(found) if coarse else conditioned(found, generator=generator)
-        squared = product(first, other)
-        found = product(conditioned(squared, generator=generator, coarse=coarse), side)
-    return orthonormalise(found, generator=generator, coarse=coarse)
+        # and after squaring: their columns are conditioned once, where they are squared. One pass
+        # makes them far enough from dependent to multiply with once more.
+        if coarse:
+            found = _unit_columns(found)
+        else:
+            found = _jittered(found, generator)
+            found = _solved(found, (yield _gram(found), SHIFT))
+        found = _jittered(product(found, other), generator, coarse=coarse)
+        found = product(_solved(found, (yield _gram(found), SHIFT)), side)
+    found = _jittered(found, generator, coarse=coarse)
+    return (yield from _orthonormal(found))
 
 
 def random_basis(dim: int, *, rank: int, generator: torch.Generator) -> Tensor:

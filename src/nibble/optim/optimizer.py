@@ -40,6 +40,7 @@ from nibble.optim.projected_step import (
     ProjectedPiece,
     Store,
     projected_batches,
+    refresh_due_,
     step_projected_,
 )
 from nibble.optim.projection import Projection, projections
@@ -186,6 +187,7 @@ class Optimizer(torch.optim.Optimizer):
             fused = group["rule"] == "adamw" and step_kernels(kind.device.type) is not None
             for batch in batches(pieces, elementwise=elementwise, fused=fused):
                 _update(batch, group=group, kind=kind, index=index)
+        refresh_due_(piece for matrices in projected.values() for piece in matrices)
         for kind, matrices in projected.items():
             for some in projected_batches(matrices):
                 step_projected_(

@@ -12,7 +12,7 @@ is unpacked twice. A residual asks for the whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ from nibble.optim.batches import Kind
 from nibble.optim.noise import Address, Noise, noise_for
 from nibble.optim.projected_grad import ProjectedGrad
 from nibble.optim.projection import Bases, Projection
+from nibble.optim.refresh import Due, refresh_
 from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
 
 # Bytes of temporaries for each element of a small matrix (batches.py), and of a chunk of rows:
@@ -78,6 +79,17 @@ class ProjectedPiece(NamedTuple):
     projection: Projection
     state: dict[str, Any]
     store: Store | None = None
+
+
+def refresh_due_(pieces: Iterable[ProjectedPiece]) -> None:
+    """Make the bases anew for which it is time, of pieces whose whole gradients are here."""
+    due = []
+    for weight, projection, state, _ in pieces:
+        grad, step = weight.grad, state["step"] - 1  # counted already
+        if step < state["next_refresh"] or grad is None or isinstance(grad, ProjectedGrad):
+            continue
+        due.append(Due(projection, state, grad.reshape(projection.matrix_shape), step))
+    refresh_(due)
 
 
 def projected_batches(pieces: list[ProjectedPiece]) -> Iterator[list[ProjectedPiece]]:
@@ -139,16 +151,13 @@ def _sum_parts_(batch: list[ProjectedPiece], grads: list[Tensor]) -> None:
 
 
 def _projected(piece: ProjectedPiece) -> Tensor:
-    """R, or what the own part adds to it; the basis is made anew first if it is time."""
+    """R, or what the own part adds to it."""
     projection, state = piece.projection, piece.state
     grad = piece.weight.grad
     assert grad is not None
     if isinstance(grad, ProjectedGrad):
         return grad.small
     matrix = grad.reshape(projection.matrix_shape)
-    step = state["step"] - 1  # counted already
-    if step >= state["next_refresh"]:
-        projection.refresh_(state, projection.new_bases(state, matrix), step=step)
     left, right = projection.own_bases(state, dtype=matrix.dtype)
     small = lowrank.project(matrix, left=left, right=right)
     return small.float() if projection.sums else small

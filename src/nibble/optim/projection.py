@@ -181,10 +181,18 @@ class Projection:
                 return lowrank.svd_basis(self.part.whole(matrix), rank=rank, side=side)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 pass  # it did not converge: a sketch always does
+        (basis,) = lowrank.together([self._making(matrix, side, generator)])
+        return basis
+
+    def making(self, state: Mapping[str, Any], matrix: Tensor, side: str) -> lowrank.Making:
+        """A randomised basis that the gradient `matrix` gives, to be finished with others."""
+        return self._making(matrix, side, self.generator(state["num_refreshes"], side))
+
+    def _making(self, matrix: Tensor, side: str, generator: torch.Generator) -> lowrank.Making:
         return lowrank.randomised_basis(
             lambda columns, of: self.part.product(matrix, columns, of),
             length=self.part.shape[1 if side == "left" else 0],
-            rank=rank,
+            rank=self.low.rank,
             side=side,
             generator=generator,
             coarse=matrix.dtype != torch.float32,
