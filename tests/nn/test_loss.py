@@ -251,7 +251,7 @@ def test_a_gpu_is_never_waited_for_and_gives_the_same(
     weight = torch.randn(4096, 256, generator=gen) / 16
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        x = hidden.to(device, dtype).requires_grad_()
+        x = hidden.to(device, dtype).clone().requires_grad_()
         head = nn.Linear(256, 4096, bias=False, device=device, dtype=dtype)
         head.weight.data.copy_(weight)
         targets = labels.to(device)

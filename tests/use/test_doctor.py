@@ -201,7 +201,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert not _folder("runs", tmp_path / "x").is_writable
 
 
-def test_cards_are_named_without_torch(tmp_path: Path) -> None:
+def test_cards_are_named_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     from nibble.spec.hardware import hardware
 
     for bus, model in (("0000:01:00.0", "NVIDIA H200"), ("0000:02:00.0", "NVIDIA A10G")):
@@ -210,6 +211,10 @@ def test_cards_are_named_without_torch(tmp_path: Path) -> None:
         (tmp_path / bus / "information").write_text(text)
     assert [hardware(name).name for name in card_names(tmp_path)] == ["h200", "a10g"]
     assert card_names(tmp_path / "nothing") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [hardware(name).name for name in card_names(tmp_path)] == ["a10g"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert card_names(tmp_path) == []
 
 
 def test_only_torch_is_imported() -> None:

@@ -15,11 +15,13 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from nibble.spec.config import Profile
 
@@ -45,6 +47,7 @@ class Profiler:
         self._cuda = device.type == "cuda"
         self._note = note
         self._running: Any = None
+        self._whole = ExitStack()
         self._last = 0
 
     @classmethod
@@ -92,10 +95,14 @@ class Profiler:
             acc_events=True,  # there is one cycle; without it torch warns that others are lost
         )
         self._running.__enter__()
+        # Recomputation that ends by an exception inside an operator loses it while torch records
+        # the memory's history: a SystemError (seen with torch 2.11).
+        self._whole.enter_context(set_checkpoint_early_stop(False))
 
     def _finish(self) -> None:
         assert self._profile is not None
         running, self._running = self._running, None
+        self._whole.close()
         if self._cuda:
             torch.cuda.synchronize()
         running.__exit__(None, None, None)

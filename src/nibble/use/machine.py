@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nibble.errors import ConfigError
+from nibble.launch.devices import Card, choose
 from nibble.launch.environment import detect
 from nibble.spec.arch import hub_cache
 
@@ -176,18 +177,19 @@ def _launcher() -> str | None:
 
 
 def card_names(gpus: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
-    """Names of the NVIDIA cards that the kernel's driver lists, without torch; Linux only.
+    """Names of the NVIDIA cards that CUDA shows to this process, without torch; Linux only.
 
-    `nibble plan` takes the card from here when none is named; it does not look at
-    CUDA_VISIBLE_DEVICES, and an empty list means that no driver told.
+    `nibble plan` takes the cards from here when none is named. An empty list means that no driver
+    told, or that CUDA_VISIBLE_DEVICES hides them all.
     """
-    names = []
+    cards = []
     for file in sorted(gpus.glob("*/information")):
-        for line in file.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "Model":
-                names.append(value.strip())
-    return names
+        lines = file.read_text(errors="replace").splitlines()
+        told = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+        if "Model" in told:
+            uuid = told.get("GPU UUID", "")
+            cards.append(Card(name=told["Model"], uuid=uuid, total_bytes=0))
+    return [card.name for card in choose(cards, os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
 def _driver() -> str | None:
