@@ -187,6 +187,8 @@ def _recipe(row: Row, folder: str, *, is_tiny: bool) -> Recipe:
     if is_tiny and words.get("optim", {}).get("rank", 0) > 16:
         words["optim"] = {**words["optim"], "rank": 16}
     words["model"] = {"path": folder, "from_scratch": row.method == "factorised"}
+    # Steps are run one by one here, without what `train` records.
+    words["train"] = {**words["train"], "cuda_graphs": False}
     return Recipe.model_validate(words)
 
 

@@ -1,4 +1,4 @@
-"""Products, bytes and kernels of one pass: what a step spends its time on, before it is time.
+"""Products, bytes and launches of a stage: what a step spends its time on, and how long each takes.
 
     products   2 a weight and token forward, again where blocks are recomputed, 2 for the gradient
                of the input, 2 for that of the weight where it is trained; attention (causal: half
@@ -7,10 +7,11 @@
                traffic (a multiple of what blocks keep), logits, gradients, the optimiser's pass
     bus        streamed blocks once forward and once backward; activations that wait on the host;
                what devices send each other, where the card has no link of its own
-    kernels    of a block by how it is built
+    host       Python's time for a block by what it is built of, for a pass, for each trained tensor
 
-The constants were fitted on one H200 to rows of bench/results (tests/spec/test_speed.py). Seconds
-of a step, and what limits them, are `speed.py`.
+Host times are in bare launches (`Hardware.launch_s`), as a slow host is slow at all of it. The
+constants were fitted on one H200 to the rows of bench/plan_rows.py that calibrate, and to steps of
+whole models (tests/spec/test_speed.py). When stages wait for each other is `speed.py`.
 """
 
 from __future__ import annotations
@@ -25,28 +26,45 @@ from nibble.spec.holdings import Devices, Holding, placement_kind
 from nibble.spec.inventory import Inventory
 from nibble.spec.lowrank import matrix_shape
 from nibble.spec.methods import low_rank
+from nibble.spec.state import rule_and_codec
 
 FUSED_TRAFFIC, UNFUSED_TRAFFIC = (1.75, 2.5), (8.0, 9.0)
 """Bytes moved forward and backward for each byte that a block keeps, on the fast paths and on
 transformers' own layers; recomputation moves those of forward again."""
-LOGITS_TRAFFIC = 18
-"""Bytes moved for each logit, both ways."""
+LOGITS_TRAFFIC, CAPPED_LOGITS_TRAFFIC = 10.0, 160.0
+"""Bytes moved for each logit, both ways; a soft cap has some fifteen passes in fp32."""
 ATTENTION_RATE_SHARE = 0.66
 """Of the rate of products, that fused attention reaches."""
 INT8_RATE_SHARE = 1.4
-"""Of the 16-bit rate, that int8 products reach with what surrounds them."""
-UPDATE_BANDWIDTH_SHARE = 0.6
-"""Of the bandwidth, that updates of many tensors reach: fused AdamW of a 7B 37 ms for 94 GB."""
+"""Of the 16-bit rate, that int8 products reach with what surrounds them. Outliers are not planned:
+they are a matter of weights, and mostly few."""
+UPDATE_BANDWIDTH_SHARE, CODED_BANDWIDTH_SHARE = 0.72, 0.42
+"""Of the bandwidth, that updates reach, and those that decode and encode 8-bit states."""
+UPDATE_TRAFFIC, LISTED_TRAFFIC = 8.0, 54.0
+"""Bytes moved for each trained number beside weight, gradient and state: its update in fp32, which
+is written and read; more in rules without a kernel, which go by lists, operation by operation."""
+RULES_WITH_KERNELS = ("adamw",)
 REFRESH_PRODUCTS = {"svd": 5800.0, "randomised": 38.0, "random": 38.0, "seeded": 0.0}
 """A new basis, in projections of its matrix: 231 and 1.54 s against 40 ms (7B, rank 1024)."""
+HOST_FUSED, HOST_UNFUSED = 54.0, 107.0
+"""Of a block forward, on the fast paths and on transformers' own layers."""
+HOST_NORM, HOST_EXPERT = 6.5, 5.8
+"""More for each norm beyond the usual two, and for each expert."""
+HOST_DORA, HOST_PACKED, HOST_INT8 = 15.0, 1.0, 4.0
+"""More for each linear: with DoRA; packed; int8."""
+HOST_GATHERED = 28.0
+"""More for each linear of a sharded block, for its collectives and copies."""
+HOST_BACKWARD, HOST_AGAIN = 0.7, 3.9
+"""Of a block's backward and of computing it again with checkpointing's hooks, over its forward.
+Whole steps tell apart what is computed again, but not forward from backward."""
+HOST_TRAINED, HOST_UPDATE, HOST_PROJECTED = 14.2, 3.0, 65.0
+"""Of a trained tensor in backward, in its update, and in one that is projected."""
+HOST_PASS, HOST_STEP = 230.0, 108.0
+"""Once a pass (embedding, loss) and once a step (clipping, schedule)."""
 KERNELS_FUSED, KERNELS_UNFUSED = (16.0, 4.0), (55.0, 6.0)
-"""Kernels of a block in each direction, and more for each adapter."""
-KERNELS_PER_PACKED, KERNELS_PER_EAGER_INT8 = 1.0, 4.0
-"""Kernels of a packed linear in each direction: unpacking or rounding; int8's eager steps."""
-KERNELS_PER_GATHERED = 7.0
-"""Of each linear of a sharded block, in each direction, for its collectives and copies."""
-KERNELS_PER_UPDATE, KERNELS_PER_PROJECTED = 0.5, 10.0
-"""Of a trained tensor's update."""
+"""Kernels of a block in each direction, and more for each adapter, where passes are replayed."""
+KERNELS_PER_PACKED = 1.0
+"""Kernels of a packed linear in each direction: unpacking or rounding."""
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -57,6 +75,11 @@ class Stage:
     products_s: float
     memory_s: float
     bus_s: float = 0.0
+    fill_s: float = 0.0
+    """In which the bus rests while blocks come over it: the first has to be done before its place
+    is free, and the last is computed when all are there."""
+    launch_s: float = 0.0
+    """Of the host, to launch it all."""
 
     @property
     def device_s(self) -> float:
@@ -65,15 +88,17 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Of the stage, the bus beside the device."""
-        return max(self.device_s, self.bus_s)
+        """Of the stage, the bus beside the device, the host apart."""
+        return max(self.device_s, self.bus_s + self.fill_s)
 
-    def times(self, count: int) -> Stage:
+    def times(self, count: float) -> Stage:
         """The stage, so many times."""
         return Stage(
             products_s=count * self.products_s,
             memory_s=count * self.memory_s,
             bus_s=count * self.bus_s,
+            fill_s=count * self.fill_s,
+            launch_s=count * self.launch_s,
         )
 
 
@@ -130,19 +155,27 @@ class Count:
         products, int8, attention = self.flops(stage)
         rate = hardware.rate(self.recipe.train.precision)
         products += int8 / INT8_RATE_SHARE + attention / ATTENTION_RATE_SHARE
-        link = self._exchanged(stage) / hardware.link_bytes
+        products_s, memory_s = products / rate, self._traffic(stage) / hardware.bandwidth_bytes
+        pulled, layers = self._pulled(), max(1, self.stock.architecture.sizes.num_layers)
+        link_s = self._exchanged(stage) / hardware.link_bytes
         return Stage(
-            products_s=products / rate,
-            memory_s=self._traffic(stage) / hardware.bandwidth_bytes,
-            bus_s=(self._pulled() + self.blocks.host) / hardware.bus_bytes + link,
+            products_s=products_s,
+            memory_s=memory_s,
+            bus_s=(pulled + self.blocks.host) / hardware.bus_bytes + link_s,
+            fill_s=2.0 * (products_s + memory_s) / layers if pulled else 0.0,
+            launch_s=self.launches(stage) * hardware.launch_s,
         )
 
     def update(self, hardware: Hardware) -> Stage:
-        """The optimiser's pass: weights and state are read and written, gradients read twice and
-        cleared; projections and their refreshes."""
+        """The optimiser's pass: weights and state are read and written, gradients read, and twice
+        more where they are clipped; projections and their refreshes."""
         stock, optim = self.stock, self.recipe.optim
-        share = self.held.optimizer_state / max(1, stock.optimizer_bytes)
-        moved = 2.0 * stock.trained_bytes + 2.0 * stock.optimizer_bytes + 3.0 * stock.gradient_bytes
+        rule, codec = rule_and_codec(optim)
+        gradients = max(stock.gradient_bytes, stock.trained_bytes if optim.layerwise else 0)
+        moved = 2.0 * (stock.trained_bytes + stock.optimizer_bytes)
+        moved += (1.0 if optim.max_grad_norm is None else 3.0) * gradients
+        each = UPDATE_TRAFFIC if rule in RULES_WITH_KERNELS else LISTED_TRAFFIC
+        moved += each * stock.num_trainable
         low, flops = low_rank(optim), 0.0
         if low is not None:
             refreshes = REFRESH_PRODUCTS[low.basis] / low.update_proj_gap
@@ -150,34 +183,42 @@ class Count:
                 if low.projects(tensor.shape):
                     rows, columns = matrix_shape(tensor.shape)
                     flops += 4.0 * rows * columns * low.rank * (1.0 + refreshes)
-                    moved += 4.0 * rows * columns
+        part = min(1.0, self.held.optimizer_state / max(1, stock.optimizer_bytes) or 1.0)
+        share = CODED_BANDWIDTH_SHARE if codec == "8bit" else UPDATE_BANDWIDTH_SHARE
+        each = HOST_UPDATE if low is None else HOST_PROJECTED
         return Stage(
-            products_s=min(1.0, share or 1.0) * flops / hardware.rate(self.recipe.train.precision),
-            memory_s=min(1.0, share or 1.0)
-            * moved
-            / (UPDATE_BANDWIDTH_SHARE * hardware.bandwidth_bytes),
+            products_s=part * flops / hardware.rate(self.recipe.train.precision),
+            memory_s=part * moved / (share * hardware.bandwidth_bytes),
+            launch_s=(HOST_STEP + each * len(stock.trained)) * hardware.launch_s,
         )
 
+    def launches(self, stage: str) -> float:
+        """What forward or backward of one pass takes the host, in bare launches."""
+        stock, shape = self.stock, self.stock.architecture
+        layers, style, linears = shape.sizes.num_layers, shape.style, len(shape.linears)
+        one = HOST_FUSED if self.work.fused else HOST_UNFUSED
+        one += HOST_NORM * max(0, style.norms + 2 * style.qk_norm - 2)
+        one += HOST_EXPERT * shape.num_experts
+        blocks = one * layers + HOST_DORA * self.work.dora * len(stock.adapted)
+        if stock.num_packed:
+            blocks += (HOST_INT8 if self.is_int8 else HOST_PACKED) * linears
+        if placement_kind(self.recipe.place, self.devices.total) in ("fsdp", "deepspeed"):
+            blocks += HOST_GATHERED * linears
+        if stage == FORWARD:
+            return blocks + HOST_PASS
+        live = blocks * (1.0 - stock.num_idle / max(1, layers))
+        times = HOST_BACKWARD + HOST_AGAIN * self.blocks.again_share
+        return times * live + HOST_TRAINED * len(stock.trained)
+
     def kernels(self) -> float:
-        """Kernels of one pass."""
+        """Kernels of one pass, as a graph replays them."""
         stock = self.stock
         layers = max(1, stock.architecture.sizes.num_layers)
-        linears = len(stock.architecture.linears) / layers
         block, each = KERNELS_FUSED if self.work.fused else KERNELS_UNFUSED
         one = block + each * len(stock.adapted) / layers
-        if stock.num_packed and stock.spec is not None:
-            each = KERNELS_PER_EAGER_INT8 if self.is_eager_int8 else KERNELS_PER_PACKED
-            one += each * linears
-        if placement_kind(self.recipe.place, self.devices.total) in ("fsdp", "deepspeed"):
-            one += KERNELS_PER_GATHERED * linears
+        if stock.num_packed:
+            one += KERNELS_PER_PACKED * len(stock.architecture.linears) / layers
         return layers * one * (2 + self.blocks.again_share)
-
-    def update_kernels(self) -> float:
-        """Kernels of one update."""
-        each = KERNELS_PER_UPDATE
-        if low_rank(self.recipe.optim) is not None:
-            each = KERNELS_PER_PROJECTED
-        return each * len(self.stock.trained)
 
     def _adapted_size(self) -> int:
         adapted = self.stock.adapted
@@ -200,8 +241,12 @@ class Count:
         whole = replace(work, mlp_tile_tokens=None)  # tiles keep less and move as much
         block = sum(kept_by_block(shape, whole, block=max(0, shape.sizes.num_layers - 1)).values())
         moved = each * block * shape.sizes.num_layers
-        moved += LOGITS_TRAFFIC / 2 * work.tokens * (shape.sizes.vocab if shape.head_size else 0)
-        moved += times * work.element * (shape.matmul_size + shape.head_size)
+        each = CAPPED_LOGITS_TRAFFIC if shape.style.scores == "softcap" else LOGITS_TRAFFIC
+        moved += each / 2 * work.tokens * (shape.sizes.vocab if shape.head_size else 0)
+        experts = sum(p.size for p in shape.parameters if p.kind == "expert")
+        # A token visits a few, all tokens together visit every one.
+        unseen = experts * (1.0 - shape.experts_per_token / max(1, shape.num_experts))
+        moved += times * work.element * (shape.matmul_size + unseen + shape.head_size)
         unpackings = times
         if self.is_int8:  # products read the codes; only gradients of inputs need them unpacked
             unpackings = 0.0 if stage == FORWARD else 1.0
@@ -226,7 +271,8 @@ class Count:
         held, stock = self.held, self.stock
         if not held.streamed:
             return 0
-        return stock.base_bytes - (held.base_codes + held.base_scales + held.base_weights)
+        away = stock.base_bytes - (held.base_codes + held.base_scales + held.base_weights)
+        return max(0, away - held.moving)  # where passes turn round, the ring still has its blocks
 
     def _exchanged(self, stage: str) -> float:
         """Bytes that a device gets from the others: sharded weights, gradients."""

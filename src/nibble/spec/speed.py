@@ -1,23 +1,24 @@
 """How fast a step can be, and what limits it: matrix products, memory, the bus or launches.
 
-    pass  = max(forward on the device, forward over the bus)
-          + max(backward on the device, backward over the bus)
-    step  = max(passes x pass + update, host's time to launch all of it)
+    forward, backward, update = max(products + bytes, transfers), each on its own
+    device is done   = max(max(device was done, host was done) + stage, host is done)
+    host is done     = host was done + its time to launch the stage
 
+and so on through the passes of a step to its update, as work goes through two machines in a row.
 On the device, a stage takes its products over their rate and its bytes over the bandwidth, one
 after the other. Stages do not lend each other time: a forward that waits for the bus is not helped
-by a backward that does not. The host runs ahead of the device through a whole step; launches are
-kernels times what Python takes around each, and hardly any in a pass that is replayed as a CUDA
-graph. What there is to do is counted in `counting.py`.
+by a backward that does not. The host runs ahead of the device through a whole step, so a large
+update or loss behind blocks that wait for Python adds to them. Updates in backward are part of it.
+A pass that is replayed as a CUDA graph takes hardly any of the host's time. What there is to do is
+counted in `counting.py`.
 
-Constants were fitted on one H200 to rows of bench/results (tests/spec/test_speed.py has planned and
-measured side by side). A card brings its own rates (`hardware.toml`, or `nibble plan --calibrate`).
-It is an estimate for planning, not a measurement.
+A card brings its own rates (`hardware.toml`, or `nibble plan --calibrate`). Planned and measured
+steps are side by side in tests/spec/test_speed.py. It is an estimate, not a measurement.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nibble.spec.activations import Work
@@ -31,8 +32,6 @@ from nibble.spec.inventory import Inventory
 
 MATMUL, MEMORY, BUS, LAUNCHES = "matmul", "memory", "bus", "launches"
 """What a step can be limited by."""
-HOST_FUSED, HOST_UNFUSED = 6.0, 4.0
-"""Python's time around a kernel, in bare launches: functions of our own, and torch's."""
 REPLAYED_S = 2e-6
 """From kernel to kernel of a graph, however small they are."""
 SYNCHRONISED_SHARE = 0.4
@@ -48,7 +47,9 @@ class Speed:
     """Of all passes of a step."""
     backward: Stage
     update: Stage
-    launches_s: float
+    num_passes: int
+    in_backward: bool
+    """Whether updates happen as gradients come."""
     waiting_s: float
     """In which the device waits for a host that waits for it."""
     tokens_per_step: int
@@ -79,15 +80,29 @@ class Speed:
         return sum(stage.bus_s for stage in self.stages.values())
 
     @property
+    def launches_s(self) -> float:
+        """The host's time to launch a step."""
+        return sum(stage.launch_s for stage in self.stages.values())
+
+    @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        stages = sum(stage.seconds for stage in self.stages.values())
-        return max(stages + self.waiting_s, self.launches_s)
+        order = [each.times(1 / self.num_passes) for each in (self.forward, self.backward)]
+        order = [*order * self.num_passes, self.update]
+        pairs = [(stage.seconds, stage.launch_s) for stage in order]
+        if self.in_backward:
+            (backward_s, launch_s), (update_s, more_s) = pairs[-2:]
+            pairs[-2:] = [(backward_s + update_s, launch_s + more_s)]
+        device = host = 0.0
+        for stage_s, launch_s in pairs:
+            device = max(max(device, host) + stage_s, host + launch_s)
+            host += launch_s
+        return device + self.waiting_s
 
     @property
     def limiter(self) -> str:
         """What the step waits for most: matmul, memory, bus or launches."""
-        if self.launches_s >= self.step_s:
+        if self.launches_s >= sum(stage.seconds for stage in self.stages.values()):
             return LAUNCHES
         shares = {MATMUL: 0.0, MEMORY: 0.0, BUS: 0.0, LAUNCHES: self.waiting_s}
         for stage in self.stages.values():
@@ -153,18 +168,24 @@ def estimate(
     if hardware is None:
         return flops * devices.total, None
     forward, backward = count.stage(FORWARD, hardware), count.stage(BACKWARD, hardware)
-    python = HOST_FUSED if work.fused else HOST_UNFUSED
-    is_replayed = wish(recipe) != "off" and not count.synchronises and not hardware.is_cpu
-    each_s = REPLAYED_S if is_replayed else python * hardware.launch_s
-    launches_s = passes * count.kernels() * each_s
-    launches_s += count.update_kernels() * python * hardware.launch_s
+    update = count.update(hardware)
+    if wish(recipe) != "off" and not count.synchronises and not hardware.is_cpu:
+        forward = replace(forward, launch_s=0.0)
+        backward = replace(backward, launch_s=count.kernels() * REPLAYED_S)
+    num_driven = 1  # one process launches for all in `dp`
     if placement_kind(recipe.place, devices.total) == "dp":
-        launches_s *= devices.per_machine  # one process launches for all
+        num_driven = devices.per_machine
+    stages = [
+        replace(stage, launch_s=num_driven * stage.launch_s)
+        for stage in (forward.times(passes), backward.times(passes), update)
+    ]
+    launches_s = sum(stage.launch_s for stage in stages)
     return flops * devices.total, Speed(
-        forward=forward.times(passes),
-        backward=backward.times(passes),
-        update=count.update(hardware),
-        launches_s=launches_s,
+        forward=stages[0],
+        backward=stages[1],
+        update=stages[2],
+        num_passes=passes,
+        in_backward=recipe.optim.layerwise,
         waiting_s=SYNCHRONISED_SHARE * launches_s if count.synchronises else 0.0,
         tokens_per_step=passes * work.tokens * devices.total,
         num_devices=devices.total,
