@@ -13,6 +13,7 @@ import yaml
 
 from nibble import run
 from nibble.errors import CheckpointError, PlanError
+from nibble.place import Group
 from nibble.spec.config import Recipe
 from nibble.spec.load import load_recipe
 from nibble.train import fitting
@@ -100,6 +101,21 @@ def test_what_does_not_fit_leaves_nothing_behind(base: Path, tmp_path: Path) -> 
     with pytest.raises(PlanError, match=r"nothing fits into 300\.0 MiB of the host"):
         run.train(recipe, stream=io.StringIO())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_family_without_table_and_weights_is_fitted_as_built(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "olmo2", vocab_size=96, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=112, max_position_embeddings=64,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    values = words(tmp_path, tmp_path / "run", adapter="none")
+    values["model"] = {"path": str(tmp_path), "from_scratch": True}
+    recipe, lines = fitting.fitted(load_recipe(None, base=values), Group.alone(torch.device("cpu")))
+    assert recipe.fit is None and lines
+    assert recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps == 4
 
 
 def test_choices_are_adopted_and_gifts_are_kept(base: Path, tmp_path: Path) -> None:
