@@ -2,7 +2,8 @@
 
     python bench/galore.py [refresh] [update] [step] [small] [--tiny] [--rows WORD,...] [--profile]
 
-refresh   seconds to make all 224 bases anew at once, and the longest step when they are staggered
+refresh   seconds to make all 224 bases anew at once, and the longest step when they are staggered;
+          with --rows factors also of the factors alone
 update    milliseconds of one optimiser step over all 6.7 G parameters, steady, no refresh in it
 step      tokens/s of nibble's own training step of LLaMA-7B, 16x256 under caps of 23.5 and 19 GiB,
           refreshes counted, and galore_torch's layer-wise training without its refreshes
@@ -38,7 +39,7 @@ from galore_steps import ROWS, step_row
 from kernel_times import kernel_times
 from torch import Tensor, nn
 
-from nibble.numerics import lowrank
+from nibble.numerics import cholesky, lowrank
 from nibble.optim import Optimizer, layerwise_
 from nibble.optim.refresh import Due, refresh_
 from nibble.spec.units import GIB
@@ -223,7 +224,12 @@ def _give(tensors: Set) -> None:
 def _refreshes(
     tensors: Set, device: torch.device, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """All bases at once, then the steps of one gap with staggered refreshes, then the SVDs."""
+    """All bases at once, then the steps of one gap with staggered refreshes, then the SVDs.
+
+    Factors alone only where `--rows` asks for them.
+    """
+    if options.chosen and wanted(options, "factors"):
+        yield from _factors(tensors.shape.rank, device)
     ours = _refresh(tensors, device, options)
     yield ours
     _reset(device)
@@ -282,6 +288,33 @@ def _refresh(tensors: Set, device: torch.device, options: argparse.Namespace) ->
     if options.profile:
         row["profile"] = kernel_times(refresh, device=device)
     return row
+
+
+def _factors(rank: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Milliseconds of inverse factors by size of leaves and number of matrices, and of what they
+    stand for: a library's factor and solve, one matrix after another.
+    """
+    columns = torch.randn(4 * rank, rank, device=device).div_(2 * rank**0.5)
+    for number in (1, 13):
+        grams = (columns.mT @ columns).expand(number, rank, rank)
+        found: dict[str, float] = {}
+        for leaf in (rank // 16, rank // 8, rank // 4):
+            own, cholesky.LEAF = cholesky.LEAF, leaf
+            made = lambda: cholesky.inverse_factors_(grams.clone(), shift=1e-6)  # noqa: B023, E731
+            found[f"leaf {leaf}"] = _least_ms(made, device)
+            cholesky.LEAF = own
+
+        def solved() -> None:
+            for gram in grams:  # noqa: B023
+                upper, _ = torch.linalg.cholesky_ex(gram, upper=True)
+                torch.linalg.solve_triangular(upper, columns, upper=True, left=False)
+
+        found["solve"] = _least_ms(solved, device)
+        yield {"row": f"refresh: factors of {number}", **found}
+
+
+def _least_ms(call: Callable[[], object], device: torch.device) -> float:
+    return round(min(_timed(call, device) for _ in range(5)) * 1e3, 3)
 
 
 def _host_s(call: Callable[[], object], device: torch.device) -> float:

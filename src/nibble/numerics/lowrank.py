@@ -43,7 +43,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nibble.numerics.cholesky import inverse_factors
+from nibble.numerics.cholesky import inverse_factors_
 from nibble.spec.lowrank import STORAGE_BLOCK
 
 JITTER = 1e-3
@@ -54,6 +54,8 @@ SHIFT = 1e-6
 """Of a Gram matrix' diagonal, as a share of its norm: above the rounding of float32."""
 CERTAIN_SHARE = 0.75
 """Columns for each row up to which noise alone conditions a sketch well enough."""
+FEW = 128
+"""Columns up to which a product in float32 is as fast as several in bfloat16."""
 ORTHONORMAL_TOLERANCE = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -87,10 +89,12 @@ def together(makings: Sequence[Making]) -> Iterator[Tensor]:
     while asked:
         assert len(asked) == len(makings) and len({shift for _, shift in asked}) == 1
         shift = asked[0][1]
-        grams = torch.stack([gram for gram, _ in asked])
+        grams = [gram for gram, _ in asked]
+        stacked = torch.stack(grams) if len(grams) > 1 else grams[0].unsqueeze(0)
         asked.clear()
-        inverses = inverse_factors(grams, shift=shift)
         del grams
+        inverses = inverse_factors_(stacked, shift=shift)
+        del stacked
         for making, inverse in zip(makings, inverses, strict=True):
             try:
                 asked.append(making.send(inverse))
@@ -99,6 +103,7 @@ def together(makings: Sequence[Making]) -> Iterator[Tensor]:
                 basis = end.value
             yield basis
             del basis
+        del inverses, inverse
 
 
 def _orthonormal(columns: Tensor) -> Making:
@@ -115,9 +120,16 @@ def _orthonormal(columns: Tensor) -> Making:
 
 
 def _jittered(sketch: Tensor, generator: torch.Generator, *, coarse: bool = False) -> Tensor:
-    """Columns of norm 1, or of 0, with noise of JITTER; bfloat16 if coarse."""
+    """Columns of norm 1 with noise of JITTER of it, of noise alone where there is nothing else;
+    bfloat16 if coarse. Equal lengths condition as well as a diagonal can.
+    """
     noise = torch.randn(sketch.shape, generator=generator, device=sketch.device)
-    columns = _unit_columns(sketch.float()).add_(noise, alpha=JITTER / math.sqrt(sketch.shape[0]))
+    norms: Tensor = torch.linalg.vector_norm(sketch, dim=0, dtype=torch.float32)
+    columns = sketch / norms.clamp(min=_TINY)
+    size = 1 / math.sqrt(sketch.shape[0])
+    # Not `where` with numbers: it copies them to the device and waits.
+    shares = torch.full_like(norms, JITTER * size).masked_fill_(norms <= _TINY, size)
+    columns.addcmul_(noise, shares)
     return columns.to(torch.bfloat16) if coarse else columns
 
 
@@ -137,10 +149,11 @@ def _solved(columns: Tensor, inverse: Tensor, *, num_terms: int = 2) -> Tensor:
 
     With a shift the range of Q is still that of the columns (Fukaya et al., arXiv 1809.11085).
     Beside bfloat16 columns X is a sum of `num_terms` bfloat16 numbers: two leave off 2^-17 of it,
-    which a further pass repairs, and three no more than float32 does.
+    which a further pass repairs, and three no more than float32 does. Few columns are bound by
+    launches and not by arithmetic.
     """
-    if columns.dtype == torch.float32:
-        return columns @ inverse.mT
+    if columns.dtype == torch.float32 or columns.shape[1] <= FEW:
+        return columns.float() @ inverse.mT
     total, rest = None, inverse
     for _ in range(num_terms):
         term = rest.to(columns.dtype)
