@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nibble.kernels.launch import launch
 from nibble.spec.formats import FormatSpec
 
 TILE_ROWS = 2
@@ -93,23 +94,21 @@ def unpack(
         return dense
     tile_words = TILE_WEIGHTS // per_word
     grid = (triton.cdiv(shape[0], TILE_ROWS), triton.cdiv(num_words, tile_words))
-    with torch.cuda.device_of(dense):
-        _unpack_kernel[grid](
-            codes,
-            scales,
-            zeros,
-            dense,
-            shape[0],
-            num_words,
-            shape[1],
-            scales.shape[1],
-            BITS=spec.bits,
-            PER_WORD=per_word,
-            BLOCK=spec.block,
-            ROWS=TILE_ROWS,
-            WORDS=tile_words,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _unpack_kernel,
+        grid,
+        (codes, scales, zeros, dense),
+        shape[0],
+        num_words,
+        shape[1],
+        scales.shape[1],
+        spec.bits,
+        per_word,
+        spec.block,
+        TILE_ROWS,
+        tile_words,
+        num_warps=NUM_WARPS,
+    )
     return dense
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nibble.kernels.launch import launch
 from nibble.spec.formats import TRITS_PER_BYTE, FormatSpec
 
 TILE_BYTES = 512
@@ -50,15 +51,14 @@ def unpack(
     if dense.numel() == 0:
         return dense
     grid = (shape[0], triton.cdiv(codes.shape[1], TILE_BYTES))
-    with torch.cuda.device_of(dense):
-        _unpack_kernel[grid](
-            codes,
-            scales,
-            dense,
-            codes.shape[1] // 8,
-            shape[1],
-            TRITS=TRITS_PER_BYTE,
-            BYTES=TILE_BYTES,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _unpack_kernel,
+        grid,
+        (codes, scales, dense),
+        codes.shape[1] // 8,
+        shape[1],
+        TRITS_PER_BYTE,
+        TILE_BYTES,
+        num_warps=NUM_WARPS,
+    )
     return dense
