@@ -277,8 +277,8 @@ class Train(Section):
     have them; false runs transformers' own code."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Replay micro-batches of a known shape as CUDA graphs, without Python between kernels; `auto`:
-    on one GPU, or with ddp, where the host is slower than the GPU; true: always, and rows that are
-    not packed are padded to few lengths."""
+    on one GPU, or with ddp, where the host is slower than the GPU and rows are not packed; true:
+    always, and rows that are not packed are padded to few lengths."""
     loss_chunk_tokens: int = Field(default=1024, ge=16)
     """Logits are made for this many tokens at a time."""
     eval_every: int | None = Field(default=None, ge=1)
