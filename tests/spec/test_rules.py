@@ -172,6 +172,9 @@ CONTRADICTIONS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         ["quant.kernels=triton", "place.device=cpu"]),
     "a shape without weights": ([{"model": {"path": "builtin:llama-9m"}}],
                                 ["builtin:llama-9m", "from_scratch=true"]),
+    "INT8 weights": (
+        [LORA, {"optim": {"method": "q-galore", "weights": "int8"}}],
+        ["optim.weights=int8", "adapter.kind=lora"]),
     "two ends": ([{"train": {"max_steps": 3, "max_tokens": 9}}],
                  ["train.max_steps=3", "train.max_tokens=9"]),
     "a stream without an end": ([{"data": {"streaming": True}}],
