@@ -8,7 +8,8 @@
 CASE: llama3-8b (QLoRA: nf4, r=16 on all linears), bloom-7b1 (LLM.int8, r=8 on query_key_value),
 tiny-llama, tiny-bloom (for a CPU). key=value changes the case's recipe, section={key: value} takes
 the place of a section; --fused both prints rows of transformers' own layers and of the fast paths.
-`train.keep_blocks=auto` is decided for each batch size. `4xpacked` are rows of real documents, made
+`train.keep_blocks=auto` and `train.cuda_graphs` are decided for each batch size, as `nibble train`
+does. `4xpacked` are rows of real documents, made
 by packed_rows.py. A `+` begins another measurement in the same process. bench/beside.py runs other
 stacks on the same work. What is timed is what
 `nibble train` runs: the loop's step with its objective, clipping, optimiser and schedule, its model
@@ -55,7 +56,7 @@ from nibble.place.base import Placement
 from nibble.place.single import one_device
 from nibble.spec.arch import architecture
 from nibble.spec.config import Recipe
-from nibble.spec.decide import decide
+from nibble.spec.decide import decide_and_say
 from nibble.spec.graphs import wish
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
@@ -169,17 +170,20 @@ def _steps(options: argparse.Namespace, word: str, *, vocabulary: int = 1) -> Ra
     return PackedSteps(options.packed, rows=int(rows))
 
 
-def _decided(recipe: Recipe, place: Placement, *, rows: int, length: int) -> Recipe:
-    """The recipe with the number of blocks that keep their activations, for this batch size."""
-    made = decide(
-        _sized(recipe, rows=rows, length=length),
+def _decided(recipe: Recipe, place: Placement, steps: RandomSteps) -> tuple[Recipe, str]:
+    """The recipe with the number of blocks that keep their activations and graphs or none, as
+    `nibble train` decides for this batch size, and why."""
+    found = decide_and_say(
+        _sized(recipe, steps),
         architecture=architecture(recipe.model),
         hardware=_card(place),
         on_cpu=place.device.type == "cpu",
         limit_bytes=None if place.device.type == "cpu" else _room_bytes(recipe, place),
     )
-    train = recipe.train.model_copy(update={"keep_blocks": made.train.keep_blocks})
-    return recipe.model_copy(update={"train": train})
+    made = found.recipe.train
+    values = {"keep_blocks": made.keep_blocks, "cuda_graphs": made.cuda_graphs}
+    train = recipe.train.model_copy(update=values)
+    return recipe.model_copy(update={"train": train}), found.graphs
 
 
 def _room_bytes(recipe: Recipe, place: Placement) -> int:
@@ -194,8 +198,9 @@ def _rows(
     seed_everything(recipe.train.seed)
     place = one_device(recipe.place)
     if recipe.train.keep_blocks == "auto":
-        rows, length = _steps(options, batches[0]).shape
-        recipe = _decided(recipe, place, rows=rows, length=length)
+        made, _ = _decided(recipe, place, _steps(options, batches[0]))
+        train = recipe.train.model_copy(update={"keep_blocks": made.train.keep_blocks})
+        recipe = recipe.model_copy(update={"train": train})
     place.reset_memory()
     assembly, build_s = _built(recipe, place)
     about = _about(options, assembly, place)
@@ -214,7 +219,11 @@ def _rows(
     for word in batches:
         # A run of its own for each size: none finds the graphs of another, nor their memory.
         gc.collect()
-        _measure(options, assembly, replace(run), word=word, about=about)
+        made, why = _decided(recipe, place, _steps(options, word))
+        settings = replace(run.settings, graphs=wish(made))
+        sized = replace(run, settings=settings)
+        decided = {"cuda_graphs": made.train.cuda_graphs, "decided": why}
+        _measure(options, replace(assembly, recipe=made), sized, word=word, about=about | decided)
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
@@ -325,7 +334,7 @@ def _measure(
         assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]
     row: dict[str, Any] = {"bench": "step", **about, "batch": f"{rows}x{length}"}
     row["packed"] = is_packed
-    row |= _planned(assembly.recipe, place, rows=rows, length=length)
+    row |= _planned(assembly.recipe, place, steps)
     place.reset_memory()
     try:
         walls_s, hosts_s, loss, batch = _times(options, run, steps)
@@ -395,10 +404,10 @@ def _times(
     return walls_s, hosts_s, loss, batches[0]
 
 
-def _planned(recipe: Recipe, place: Placement, *, rows: int, length: int) -> dict[str, Any]:
+def _planned(recipe: Recipe, place: Placement, steps: RandomSteps) -> dict[str, Any]:
     """What the plan says of this batch size: peak GiB without the CUDA context, and tokens/s."""
     made: Plan = plan(
-        _sized(recipe, rows=rows, length=length),
+        _sized(recipe, steps),
         architecture=architecture(recipe.model),
         hardware=_card(place),
         on_cpu=place.device.type == "cpu",
@@ -413,13 +422,15 @@ def _planned(recipe: Recipe, place: Placement, *, rows: int, length: int) -> dic
     }
 
 
-def _sized(recipe: Recipe, *, rows: int, length: int) -> Recipe:
+def _sized(recipe: Recipe, steps: RandomSteps) -> Recipe:
     """The recipe of one micro-batch of this size a step."""
+    rows, length = steps.shape
+    data = {"max_length": length, "packing": isinstance(steps, PackedSteps)}
     train = {"micro_batch_size": rows, "gradient_accumulation_steps": 1}
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update=train),
-            "data": recipe.data.model_copy(update={"max_length": length}),
+            "data": recipe.data.model_copy(update=data),
         }
     )
 

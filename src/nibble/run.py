@@ -107,6 +107,7 @@ def _train(
         folder.write(DATA, _data_text(splits))
         planned = plan_run(assembly, place, group, note=report.note)
         assembly = decided(assembly, planned, note=report.note)
+        folder.write_recipe(assembly.recipe)
         phases = PhaseMemory(place)
         with out_of_memory_is_explained(advice(planned, place)):
             state, settings = _load(assembly, splits, place, report)

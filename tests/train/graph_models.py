@@ -206,12 +206,17 @@ class FakeRecorder:
     """Records by remembering: a replay is the work itself, done again on the same tensors."""
 
     def __init__(self) -> None:
-        self.observed = Observed(host_s=1.0, device_s=1.0, waits=None)
-        self.num_recorded = self.num_replayed = self.num_released = 0
+        self.observed = Observed(waits=None)
+        self.num_observed = self.num_recorded = self.num_replayed = self.num_released = 0
         self.refusal = ""
+        self.room_bytes = 1 << 40
 
     def observe(self, work: Callable[[], Any]) -> tuple[Any, Observed]:
+        self.num_observed += 1
         return work(), self.observed
+
+    def has_room(self, num_bytes: int) -> bool:
+        return num_bytes <= self.room_bytes
 
     def record(self, work: Callable[[], None]) -> Recorded:
         if self.refusal:

@@ -9,21 +9,20 @@ the work's peak and stays. All recordings share it, since they never run at the 
 cached for eager passes is given back first, so the sum stays about what it was; SPARE_BYTES are
 left for what runs between passes, or there is no recording.
 
-Before anything is recorded the work is observed while it runs eagerly: how long the host takes,
-how long the device, and whether the host waits for the device somewhere (torch's own debug mode
-tells). Work that waits is refused by name instead of failing in the recording. Random numbers are
-drawn as torch's default generator would have drawn them eagerly.
+Before the first recording the work is observed while it runs eagerly: whether the host waits for
+the device somewhere (torch's own debug mode tells). Work that waits is refused by name instead of
+failing in the recording. Later shapes of the same work are recorded unseen: kernels that they are
+the first to need are loaded meanwhile, which CAPTURE_MODE allows; a wait fails as ever. Random
+numbers are drawn as torch's default generator would have drawn them eagerly.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -38,8 +37,14 @@ from nibble.place.single import Single
 T = TypeVar("T")
 SPARE_BYTES = 256 << 20
 """Temporaries of an optimiser's step (optim/batches.py)."""
+NO_MEMORY = "the device has no memory left for it"
 WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "debug mode is a prototype"
 """What torch's debug mode says, of an operation and of itself."""
+
+
+CAPTURE_MODE = "relaxed"
+"""Calls that are no part of the stream's work may be made while it is recorded, by this thread
+(loading a kernel) and others (sinks, pinning)."""
 
 
 class NotRecordedError(Exception):
@@ -48,12 +53,8 @@ class NotRecordedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """One eager run: seconds until the host had launched all and until the device had done it, and
-    where the host waited for the device (None: nowhere).
-    """
+    """One eager run: where the host waited for the device (None: nowhere)."""
 
-    host_s: float
-    device_s: float
     waits: str | None
 
 
@@ -76,8 +77,12 @@ class Recorder(Protocol):
         """Record the work without doing it. Raises NotRecordedError."""
         ...
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether eager work may have so much memory beside the recordings."""
+        ...
+
     def release(self) -> None:
-        """Give the memory of recordings back, once nobody holds one."""
+        """Give the memory of recordings back, for good: nobody holds one any more."""
         ...
 
 
@@ -88,26 +93,19 @@ class CudaRecorder:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._num_recorded = 0
+        self._num_recorded = self._pool_bytes = 0
         self._broken = ""
 
     def observe(self, work: Callable[[], T]) -> tuple[T, Observed]:
-        """See `Recorder`; waits for the device at the end."""
-        make: Callable[[], Any] = partial(torch.cuda.Event, enable_timing=True)
-        begin, end = make(), make()
+        """See `Recorder`."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                begin.record()
-                start = time.perf_counter()
                 result = work()
-                host_s = time.perf_counter() - start
-                end.record()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        end.synchronize()
         waits = None
         for warning in told:
             if WAITS in str(warning.message):
@@ -116,22 +114,20 @@ class CudaRecorder:
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
-        device_s = begin.elapsed_time(end) / 1e3
-        return result, Observed(host_s=host_s, device_s=device_s, waits=waits)
+        return result, Observed(waits=waits)
 
     def record(self, work: Callable[[], None]) -> Recorded:
         """See `Recorder`."""
         if self._broken:
             raise NotRecordedError(self._broken)
-        self.release()
+        self._empty()
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         present = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(present)
         reason = ""
         with torch.cuda.stream(self._stream):
-            # Other threads (sinks, pinning) may use the device meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode=CAPTURE_MODE)
             try:
                 work()
             except RuntimeError as error:
@@ -142,18 +138,16 @@ class CudaRecorder:
                 self._broken = reason = reason or _words(error)
         present.wait_stream(self._stream)
         num_bytes = torch.cuda.memory_reserved(self.device) - before
-        try:
-            spare = torch.empty(SPARE_BYTES, dtype=torch.uint8, device=self.device)
-            del spare
-        except torch.OutOfMemoryError as error:
-            reason = reason or _words(error)
+        if not self.has_room(SPARE_BYTES):
+            reason = reason or NO_MEMORY
         if reason:
             del graph
             if self._broken:
                 self._unwind()
-            self.release()
+            self._empty()
             raise NotRecordedError(reason)
         self._num_recorded += 1
+        self._pool_bytes += num_bytes
         return Recorded(replay=graph.replay, num_bytes=num_bytes)
 
     def _unwind(self) -> None:
@@ -171,8 +165,27 @@ class CudaRecorder:
             with suppress(RuntimeError):
                 step(index, self._pool)
 
+    def has_room(self, num_bytes: int) -> bool:
+        """See `Recorder`: what is there is cached then, for whoever asks next."""
+        try:
+            torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
     def release(self) -> None:
-        """See `Recorder`: cached memory goes back to the device."""
+        """See `Recorder`."""
+        before = torch.cuda.memory_reserved(self.device)
+        self._empty()
+        given = before - torch.cuda.memory_reserved(self.device)
+        if self._broken and self._num_recorded and given < self._pool_bytes // 2:
+            # The recording that was thrown away still counts as one of the pool's (`_unwind`).
+            with suppress(RuntimeError):
+                torch._C._cuda_releasePool(self.device.index or 0, self._pool)
+            self._empty()
+
+    def _empty(self) -> None:
+        """Cached memory goes back to the device."""
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()
@@ -197,7 +210,7 @@ def recorder_of(place: Placement, model: nn.Module) -> CudaRecorder | str:
 
 def _words(error: RuntimeError) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return "the device has no memory left for it"
+        return NO_MEMORY
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

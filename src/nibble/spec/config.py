@@ -276,9 +276,9 @@ class Train(Section):
     """Norms, rotary embeddings, feed-forward gates and adapters in fused steps, for families that
     have them; false runs transformers' own code."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Replay micro-batches of a known shape as CUDA graphs, without Python between kernels; `auto`:
-    on one GPU, or with ddp, where the host is slower than the GPU and rows are not packed; true:
-    always, and rows that are not packed are padded to few lengths."""
+    """Replay micro-batches of a known shape as CUDA graphs, without Python between kernels; rows
+    that are not packed are padded to few lengths; `auto`: on one GPU, or with ddp, where the plan
+    says that the host needs 75 % of the GPU's time for a pass, and that there is memory for it."""
     loss_chunk_tokens: int = Field(default=1024, ge=16)
     """Logits are made for this many tokens at a time."""
     eval_every: int | None = Field(default=None, ge=1)

@@ -3,17 +3,36 @@
 A graph replays kernels on the memory that they were recorded with. So nothing in a micro-batch may
 ask the host what to do next, and nothing but kernels may matter: no hooks that step in backward, no
 pulls of weights, no copies of activations behind the computation.
+
+What recorded passes allocate is a pool of their own that stays between them, and their gradients
+stay as well. So memory of a run with graphs is
+
+    what stays + gradients + the largest moment of a pass + that of an update or an evaluation
+
+where eager code has the largest of the last two alone. `auto` is decided in `decide.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from .config import Recipe
 from .methods import has_int8_weights
 
-Wish = Literal["off", "auto", "on"]
-"""`on` records whatever can be recorded, `auto` only where it pays."""
+Wish = Literal["off", "on"]
+HOST_SHARE = 0.75
+"""`auto`: of the device's time for a pass, what the host must need for a recording to pay."""
+MAX_GRAD_BYTES = 1 << 30
+"""`auto`: of the gradients, which are kept from step to step."""
+PLACEMENTS = ("single", "ddp")
+"""Where a pass is kernels alone."""
+UPDATE = "the update"
+"""The moment of a step that is not recorded."""
+POOLED = ("activations_kept", "activation_workspace", "dequantised", "logits")
+"""Categories of the plan that a recorded pass takes from its pool."""
+Moments = Mapping[str, Mapping[str, int]]
+"""Bytes by category of a phase's moments (phases.py)."""
 
 
 def cannot_be_recorded(recipe: Recipe) -> str:
@@ -21,7 +40,7 @@ def cannot_be_recorded(recipe: Recipe) -> str:
     place, train, optim = recipe.place, recipe.train, recipe.optim
     if place.device == "cpu":
         return "place.device=cpu"
-    if place.kind not in ("auto", "single", "ddp"):
+    if place.kind not in ("auto", *PLACEMENTS):
         return f"place.kind={place.kind}"
     if recipe.model.task == "classification":
         return "model.task=classification"
@@ -38,11 +57,30 @@ def cannot_be_recorded(recipe: Recipe) -> str:
 
 
 def wish(recipe: Recipe) -> Wish:
-    """What the recipe wants of graphs, as far as the recipe alone can tell."""
-    if recipe.train.cuda_graphs is False or cannot_be_recorded(recipe):
-        return "off"
-    if recipe.train.cuda_graphs is True:
-        return "on"
-    # Packed rows come in many shapes: each passes eagerly once, beside what recorded ones keep, and
-    # the peak would be that of two passes (14.2 instead of 9.9 GiB for an 8B at 4x2048).
-    return "off" if recipe.data.packing else "auto"
+    """What the recipe wants of graphs; `auto` is off until it is decided."""
+    return "on" if recipe.train.cuda_graphs is True and not cannot_be_recorded(recipe) else "off"
+
+
+def beside_graphs(name: str, moments: Moments, steps: Moments) -> dict[str, dict[str, int]]:
+    """The moments of the phase called `name` where passes are recorded.
+
+    `steps`: those of a step with gradients that are there throughout. The pool is a row of its own
+    where nothing of it is in use.
+    """
+    update = steps[UPDATE]
+    gradients, beside = update["gradients"], update["activation_workspace"]
+    passes = {moment: extra for moment, extra in steps.items() if moment != UPDATE}
+    if name == "steady step":
+        return {
+            moment: {
+                **extra,
+                "gradients": gradients,
+                "activation_workspace": extra.get("activation_workspace", 0) + beside,
+            }
+            for moment, extra in passes.items()
+        }
+    if name not in ("evaluation", "save"):
+        return {moment: {**extra} for moment, extra in moments.items()}
+    pool = max(sum(extra.get(one, 0) for one in POOLED) for extra in passes.values())
+    held = {"recorded": pool, "gradients": gradients}
+    return {moment: {**extra, **held} for moment, extra in moments.items()}

@@ -24,6 +24,7 @@ from nibble.spec.arch import Architecture
 from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
 from nibble.spec.formats import DTYPE_BYTES
+from nibble.spec.graphs import UPDATE, beside_graphs, wish
 from nibble.spec.holdings import Holding
 from nibble.spec.inventory import COMPUTE_DTYPE, Inventory
 from nibble.spec.units import GIB
@@ -41,6 +42,7 @@ CATEGORIES: dict[str, str] = {
     "activation_workspace": "one block's activations",
     "dequantised": "dequantised weight",
     "logits": "logits chunk",
+    "recorded": "recorded passes",
     "allocator": "allocator, cuBLAS",
     "cuda_context": "CUDA context",
 }
@@ -99,6 +101,7 @@ def work_of(recipe: Recipe, stock: Inventory, *, on_cpu: bool = False) -> Work:
     compute = COMPUTE_DTYPE[train.precision]
     low_rank = adapter.kind in ("lora", "dora")
     stored = "bfloat16" if train.adapter_precision == "bf16" else "float32"
+    adds = train.gradient_accumulation_steps > 1 or (wish(recipe) == "on" and not on_cpu)
     return Work(
         tokens=train.micro_batch_size * recipe.data.max_length,
         row_length=recipe.data.max_length,
@@ -115,12 +118,8 @@ def work_of(recipe: Recipe, stock: Inventory, *, on_cpu: bool = False) -> Work:
         packed_rows=recipe.data.packing,
         fused=train.fused_kernels and stock.architecture.model_type in FAST_PATHS,
         mlp_tile_tokens=train.mlp_tile_tokens,
-        grows=adapter.kind == "none"
-        and train.gradient_accumulation_steps == 1
-        and not recipe.optim.layerwise,
-        accumulates=adapter.kind in ("none", "expand")
-        and train.gradient_accumulation_steps > 1
-        and not recipe.optim.layerwise,
+        grows=adapter.kind == "none" and not adds and not recipe.optim.layerwise,
+        accumulates=adapter.kind in ("none", "expand") and adds and not recipe.optim.layerwise,
         num_idle=stock.num_idle,
         on_card=not on_cpu,
     )
@@ -180,6 +179,11 @@ class Run:
     seen: Pass
     on_cpu: bool
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether passes are replayed as CUDA graphs."""
+        return wish(self.recipe) == "on" and not self.on_cpu
+
 
 def phase(name: str, run: Run) -> Phase:
     """Bytes at the largest moment of the phase called `name`."""
@@ -198,14 +202,17 @@ def phase(name: str, run: Run) -> Phase:
         "first step": _step_moments,
         "steady step": _step_moments,
         "evaluation": _evaluation_moments,
-        "save": _save_moments,
+        # Trained tensors and state are copied to the host one by one.
+        "save": lambda run: _WRITING,
         MERGE: _merge_moments,
     }[name](run)
+    if run.is_recorded:
+        moments = beside_graphs(name, moments, _step_moments(run))
     moment, extra = max(moments.items(), key=lambda item: sum((held | item[1]).values()))
     device = {category: extra.get(category, held.get(category, 0)) for category in CATEGORIES}
     if not run.on_cpu:
-        loss = int(ALLOCATOR_SHARE * sum(device.values()))
-        device["allocator"] = loss + ALLOCATOR_BYTES + BLAS_BYTES
+        gaps = int(ALLOCATOR_SHARE * sum(device.values()))
+        device["allocator"] = gaps + ALLOCATOR_BYTES + BLAS_BYTES
         device["cuda_context"] = CUDA_CONTEXT_BYTES
     stepping = name in ("first step", "steady step", "evaluation", "save")  # the pool stays
     host = {
@@ -222,12 +229,12 @@ def phase(name: str, run: Run) -> Phase:
         host |= {"tensor_in_flight": 2 * stock.largest_tensor, "trained_copy": stock.trained_bytes}
     if name == "save":
         # Tensors are written one by one.
-        largest = stock.largest_trained_bytes
-        host["checkpoint_copy"] = 0 if run.on_cpu else largest
+        host["checkpoint_copy"] = 0 if run.on_cpu else stock.largest_trained_bytes
     return Phase(name=name, moment=moment, device={k: v for k, v in device.items() if v}, host=host)
 
 
 _Moments = dict[str, dict[str, int]]
+_WRITING: _Moments = {"writing": {}}
 
 
 def _load_moments(run: Run) -> _Moments:
@@ -296,7 +303,7 @@ def _step_moments(run: Run) -> _Moments:
             "gradients": run.held.gradients,
             "activation_workspace": grown.embedding,
         },
-        "the update": {
+        UPDATE: {
             "gradients": run.held.gradients,
             "optimizer_state": run.held.optimizer_state,
             "activation_workspace": stock.update_bytes,
@@ -318,7 +325,7 @@ class _Gradients:
 
 def _gradients(run: Run) -> _Gradients:
     stock, whole, blocks = run.stock, run.held.gradients, run.seen.blocks
-    if run.recipe.train.gradient_accumulation_steps > 1:
+    if run.recipe.train.gradient_accumulation_steps > 1 or run.is_recorded:
         twice = max(stock.embedding_gradient_bytes, 0)
         return _Gradients(before=whole, head=whole, kept=whole, first_block=whole, embedding=twice)
     share = whole / max(1, stock.gradient_bytes)
@@ -348,12 +355,6 @@ def _evaluation_moments(run: Run) -> _Moments:
             "logits": seen.loss.chunk_evaluation + seen.loss.head_copy,
         },
     }
-
-
-def _save_moments(run: Run) -> _Moments:
-    """Trained tensors and state are copied to the host one by one; the device holds no more."""
-    del run
-    return {"writing": {}}
 
 
 @lru_cache(maxsize=16)

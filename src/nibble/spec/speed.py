@@ -25,7 +25,7 @@ from nibble.spec.activations import Work
 from nibble.spec.checkpointing import keeping
 from nibble.spec.config import Recipe
 from nibble.spec.counting import BACKWARD, FORWARD, Count, Stage
-from nibble.spec.graphs import wish
+from nibble.spec.graphs import HOST_SHARE, PLACEMENTS, cannot_be_recorded
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices, Holding, placement_kind
 from nibble.spec.inventory import Inventory
@@ -83,6 +83,11 @@ class Speed:
     def launches_s(self) -> float:
         """The host's time to launch a step."""
         return sum(stage.launch_s for stage in self.stages.values())
+
+    @property
+    def host_share(self) -> float:
+        """The host's time to launch the passes, of the device's time for them."""
+        return _host_share(self.forward, self.backward)
 
     @property
     def step_s(self) -> float:
@@ -151,6 +156,10 @@ class Speed:
         }
 
 
+def _host_share(forward: Stage, backward: Stage) -> float:
+    return (forward.launch_s + backward.launch_s) / (forward.device_s + backward.device_s)
+
+
 def estimate(
     recipe: Recipe,
     stock: Inventory,
@@ -169,11 +178,15 @@ def estimate(
         return flops * devices.total, None
     forward, backward = count.stage(FORWARD, hardware), count.stage(BACKWARD, hardware)
     update = count.update(hardware)
-    if wish(recipe) != "off" and not count.synchronises and not hardware.is_cpu:
+    asked, kind = recipe.train.cuda_graphs, placement_kind(recipe.place, devices.total)
+    can = kind in PLACEMENTS and not (cannot_be_recorded(recipe) or hardware.is_cpu)
+    # What is `auto` counts as it would be decided if there is memory for it (decide.py).
+    wanted = asked is True or (asked == "auto" and _host_share(forward, backward) >= HOST_SHARE)
+    if wanted and can and not count.synchronises:
         forward = replace(forward, launch_s=0.0)
         backward = replace(backward, launch_s=count.kernels() * REPLAYED_S)
     num_driven = 1  # one process launches for all in `dp`
-    if placement_kind(recipe.place, devices.total) == "dp":
+    if kind == "dp":
         num_driven = devices.per_machine
     stages = [
         replace(stage, launch_s=num_driven * stage.launch_s)

@@ -1,9 +1,9 @@
 """Micro-batches as CUDA graphs: after a warm-up the host says "again" instead of saying all.
 
-    pass of a shape     first and second time   eagerly; the second is observed
-                        third time              recorded, and replayed
-                        from then on            inputs copied to where they were, replayed
-    of further shapes   first time              eagerly and observed, and so on
+    pass of the first shape   first and second time   eagerly; the second is observed
+                              third time              recorded, and replayed
+                              from then on            inputs copied to where they were, replayed
+    of further shapes         first time              recorded, and replayed
 
 What a shape is: the sizes and types of a batch's tensors and bounds on its targets and documents,
 brought to few (data/shapes.py). MAX_GRAPHS shapes are recorded; others stay eager. Forward, loss
@@ -17,10 +17,15 @@ pass, and each pass adds to them. Eager and recorded passes are one function on 
 results do not depend on when, or whether, something was recorded, and a resumed run is the same
 run.
 
-`auto` records where it pays: where the host needs most of the time that the device needs (a pass
-that keeps the device busy gains nothing, and its pool is memory that eager code could use for other
-things), and where what is trained is small, since gradients now outlive the step. With several
-processes gradients are summed after the last pass, as hooks do not run in a replay.
+Memory. Recorded passes have a pool that stays, so an eager pass beside them needs a second one. It
+is avoided: further shapes are the same code and are recorded without one. Where an eager pass has
+to be (too many shapes, a recording that failed) and there is no room for it, recordings are given
+up first; if memory runs out all the same, they are given up and the pass is repeated. Its gradients
+are kept apart from those of earlier passes until it is done, so that nothing is counted twice;
+where they are too large for that, a pass is repeated if it has not touched any.
+
+Whether a run is recorded at all is the recipe's and the plan's to say (`spec/decide.py`). With
+several processes gradients are summed after the last pass, as hooks do not run in a replay.
 
 Not recorded: passes that wait for the device (data-dependent shapes, as LLM.int8's outliers), that
 step in backward, or pull weights (`spec/graphs.py`, `place/graphs.py`). Whatever cannot be recorded
@@ -29,9 +34,9 @@ runs eagerly, and the report says why, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +45,14 @@ from nibble.data import Batch
 from nibble.data.shapes import longest_document, of_few_shapes
 from nibble.nn.attention import PACKED, attention_name
 from nibble.place.base import Placement
-from nibble.place.graphs import NotRecordedError, Observed, Recorder, recorder_of
-from nibble.spec.graphs import Wish
+from nibble.place.graphs import NotRecordedError, Recorder, recorder_of
+from nibble.spec.graphs import MAX_GRAD_BYTES, Wish
 from nibble.spec.units import show_bytes
 
 NUM_WARMUP = 2
-"""Eager passes of the first shape; the last of them is observed."""
+"""Eager passes of a shape while nothing is recorded; the last of them is observed."""
 MAX_GRAPHS = 16
-HOST_SHARE = 0.75
-"""`auto`: of the device's time, what the host must need for a recording to pay."""
-MAX_GRAD_BYTES = 1 << 30
-"""`auto`: of the gradients, which are kept from step to step."""
 
-T = TypeVar("T")
 Work = Callable[[Batch, Tensor, Tensor], Tensor]
 """Forward and backward of a batch on the device: its loss over a number of targets, given as a
 tensor, and a factor for backward alone."""
@@ -71,7 +71,8 @@ class _Shape:
     """What is known of the passes of one shape."""
 
     num_seen: int = 0
-    is_observed: bool = False
+    is_ready: bool = False
+    """It was observed, and nothing waited."""
     is_candidate: bool = True
     graph: _Graph | None = None
 
@@ -79,9 +80,8 @@ class _Shape:
 class Passes:
     """Runs the micro-batches of a run, recorded where that can be had.
 
-    `parameters`: what is trained. `always`: record even where it does not pay, and pad rows that
-    are not packed to few lengths. `note` is told what
-    is recorded, and what is not and why. `offsets`: attention takes offsets of documents.
+    `parameters`: what is trained. `note` is told what is recorded, and what is not and why.
+    `offsets`: attention takes offsets of documents.
     """
 
     def __init__(
@@ -91,13 +91,11 @@ class Passes:
         place: Placement,
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        always: bool,
         note: Callable[[str], None],
         offsets: bool = True,
     ) -> None:
         self._work, self._place, self._recorder = work, place, recorder
-        self._parameters, self._always, self._note = list(parameters), always, note
-        self._offsets = offsets
+        self._parameters, self._note, self._offsets = list(parameters), note, offsets
         self._shapes: dict[tuple[object, ...], _Shape] = {}
         self._grads = StaticGrads()
         self._touched: dict[int, nn.Parameter] = {}
@@ -105,6 +103,7 @@ class Passes:
         """What was said, once each."""
         self._num_steps = 0
         self._is_off = False
+        self._pool_bytes = self._pool_tokens = 0
         self._count, self._scale, self._loss = (
             torch.zeros((), dtype=torch.float32, device=place.device) for _ in range(3)
         )
@@ -120,7 +119,7 @@ class Passes:
 
         num_targets: of the whole step. scale: of the loss, for backward. last: of the step.
         """
-        batch = of_few_shapes(batch, offsets=self._offsets, few_lengths=self._always)
+        batch = of_few_shapes(batch, offsets=self._offsets, few_lengths=True)
         shape = self._shapes.setdefault(signature(batch), _Shape())
         self._count.fill_(max(num_targets, 1))
         self._scale.fill_(scale)
@@ -151,14 +150,17 @@ class Passes:
         self._is_off = True
         for shape in self._shapes.values():
             shape.graph = None
+        self._grads = StaticGrads()
         self._recorder.release()
         if had:
             self._say("memory ran out beside CUDA graphs: they are given up, passes run eagerly")
         return had
 
     def _is_due(self, shape: _Shape) -> bool:
-        """Whether a shape is to be recorded now, after the first update and its own warm-up."""
-        ready = shape.is_observed and shape.is_candidate
+        """Whether a shape is to be recorded now: after the first update and its own warm-up, or
+        that of another shape.
+        """
+        ready = shape.is_candidate and (shape.is_ready or self.num_graphs > 0)
         if not ready or self._is_off or self._num_steps == 0:
             return False
         if self.num_graphs == MAX_GRAPHS:
@@ -171,19 +173,21 @@ class Passes:
     def _recorded(self, shape: _Shape, batch: Batch) -> _Graph | None:
         """Record a pass of the batch without running it; None where that is impossible."""
         moved = self._place.batch(batch)
-        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in _named_tensors(moved)}
-        static = replace(moved, **copies)
-        self._grads.add(list(self._touched.values()))
-        self._grads.attach_()
+        static, reason = moved, ""
 
         def work() -> None:
             self._loss.copy_(self._work(static, self._count, self._scale))
 
-        reason = ""
         try:
+            copies: dict[str, Any] = {name: t.clone() for name, t in _named_tensors(moved)}
+            static = replace(moved, **copies)
+            self._grads.add(list(self._touched.values()))
+            self._grads.attach_()
             made = self._recorder.record(work)
         except NotRecordedError as error:
             reason = str(error)
+        except torch.OutOfMemoryError:
+            reason = "the device has no memory left for its gradients"
         stolen = [p for p in self._parameters if p.grad is not None and p not in self._grads]
         for parameter in stolen:
             parameter.grad = None
@@ -192,7 +196,11 @@ class Passes:
         if reason:
             shape.is_candidate = False
             self._say(f"no CUDA graph for micro-batches of {_named(batch)}: {reason}")
+            if self.num_graphs == 0:
+                self._grads = StaticGrads()
             return None
+        self._pool_bytes += made.num_bytes
+        self._pool_tokens = max(self._pool_tokens, batch.input_ids.numel())
         self._say(
             f"micro-batches of {_named(batch)} run as a CUDA graph from here on"
             f" ({show_bytes(made.num_bytes)} kept for it)"
@@ -206,50 +214,61 @@ class Passes:
         def work() -> Tensor:
             return self._work(moved, self._count, self._scale)
 
-        warm = shape.num_seen >= NUM_WARMUP or self.num_graphs > 0
-        if warm and not shape.is_observed and not self._is_off:
-            loss, observed = self._with_room(lambda: self._recorder.observe(work))
-            shape.is_observed = True
-            reason = self._against(observed)
-            if reason:
-                shape.is_candidate = False
-                self._say(f"no CUDA graph for micro-batches of {_named(batch)}: {reason}")
+        if self.num_graphs > 0:
+            loss = self._with_room(work, num_tokens=batch.input_ids.numel())
+        elif shape.num_seen == NUM_WARMUP and not self._is_off:
+            loss, observed = self._recorder.observe(work)
+            shape.is_ready = shape.is_candidate = observed.waits is None
+            if observed.waits is not None:
+                self._say(
+                    f"no CUDA graph for micro-batches of {_named(batch)}: the host waits for the "
+                    f"device in it ({observed.waits})"
+                )
         else:
-            loss = self._with_room(work)
+            loss = work()
         if shape.num_seen <= NUM_WARMUP:
             self._touched |= {id(p): p for p in self._parameters if p.grad is not None}
         return loss
 
-    def _with_room(self, work: Callable[[], T]) -> T:
-        """Do the work; if memory runs out while recordings hold some of it, without them."""
-        may_repeat = (
-            self.num_graphs > 0
-            and self._place.world == 1
-            and all(parameter.grad is None for parameter in self._parameters)
-        )
-        try:
+    def _with_room(self, work: Callable[[], Tensor], *, num_tokens: int) -> Tensor:
+        """Do eager work beside recordings; if there is no memory for both, without them."""
+        needed = self._pool_bytes * num_tokens // max(1, self._pool_tokens)
+        if not self._recorder.has_room(needed):
+            self.release()
             return work()
+        held = [parameter.grad for parameter in self._parameters]
+        num_bytes = sum(0 if g is None else g.numel() * g.element_size() for g in held)
+        apart = self._place.world == 1 and num_bytes <= MAX_GRAD_BYTES
+        if apart:
+            self._give(None for _ in held)
+        before = self._versions()
+        try:
+            loss = work()
         except torch.OutOfMemoryError:
-            if not may_repeat:
+            if not apart and self._versions() != before:
                 raise
-        for parameter in self._parameters:
-            parameter.grad = None
-        self.release()
-        return work()
+            again = True
+        else:
+            again = False
+        if again:  # outside of the handler, which holds what the failed pass had
+            self._give(None if apart else grad for grad in held)
+            self.release()
+            loss = work()
+        if apart:
+            fresh = [parameter.grad for parameter in self._parameters]
+            for old, new in zip(held, fresh, strict=True):
+                if old is not None and new is not None:
+                    old.add_(new)
+            self._give(new if old is None else old for old, new in zip(held, fresh, strict=True))
+        return loss
 
-    def _against(self, observed: Observed) -> str:
-        """Why an observed pass should not be recorded, or an empty text."""
-        if observed.waits is not None:
-            return f"the host waits for the device in it ({observed.waits})"
-        if self._always:
-            return ""
-        size = sum(p.numel() * p.element_size() for p in self._touched.values())
-        if size > MAX_GRAD_BYTES:
-            return f"{show_bytes(size)} of gradients would stay (train.cuda_graphs=true makes one)"
-        if observed.host_s < HOST_SHARE * observed.device_s:
-            share = observed.host_s / observed.device_s
-            return f"the device is busy anyway (the host needs {share:.0%} of its time)"
-        return ""
+    def _give(self, grads: Iterable[Tensor | None]) -> None:
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            parameter.grad = grad
+
+    def _versions(self) -> list[int | None]:
+        """Counts of what was written to each gradient."""
+        return [None if p.grad is None else p.grad._version for p in self._parameters]
 
     def _say(self, text: str) -> None:
         if text not in self.told:
@@ -336,7 +355,6 @@ def passes_of(
         place=place,
         parameters=parameters,
         recorder=recorder,
-        always=wish == "on",
         note=note,
         offsets=attention == PACKED,
     )

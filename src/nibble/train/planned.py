@@ -18,7 +18,7 @@ from nibble.place import Group, resolved
 from nibble.place.base import Memory, Placement
 from nibble.place.host_memory import available_bytes
 from nibble.spec.advice import advise
-from nibble.spec.decide import decide
+from nibble.spec.decide import decide_and_say
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.phases import CUDA_CONTEXT_BYTES
@@ -49,9 +49,11 @@ def plan_run(
     made = plan(recipe, architecture=shape, **words)  # type: ignore[arg-type]
     limits = group.gather(_limit_bytes(made, place), "the plan")
     least = min((limit for limit in limits if limit is not None), default=None)
-    if recipe.train.keep_blocks == "auto":
-        recipe = decide(recipe, architecture=shape, limit_bytes=least, **words)  # type: ignore[arg-type]
-        made = plan(recipe, architecture=shape, **words)  # type: ignore[arg-type]
+    if "auto" in (recipe.train.keep_blocks, recipe.train.cuda_graphs):
+        found = decide_and_say(recipe, architecture=shape, limit_bytes=least, **words)  # type: ignore[arg-type]
+        made = plan(found.recipe, architecture=shape, **words)  # type: ignore[arg-type]
+        if found.graphs:
+            note(f"{found.graphs} (train.cuda_graphs)")
     offloads = any(p.host["offloaded_activations"] for p in made.phases)
     made.check_host(available_bytes() if offloads and not on_cpu else None)
     try:
@@ -64,13 +66,19 @@ def plan_run(
 
 
 def decided(assembly: Assembly, planned: Plan | None, *, note: Callable[[str], None]) -> Assembly:
-    """The assembly with the number of kept blocks that the plan found for `auto`; 0 without one."""
-    recipe = assembly.recipe
-    if recipe.train.keep_blocks != "auto":
+    """The assembly with what the plan found for `auto`: the number of kept blocks (0 without one),
+    and whether passes are recorded (not without one, and still open on a CPU).
+    """
+    recipe, found = assembly.recipe, {}
+    if recipe.train.keep_blocks == "auto":
+        kept = 0 if planned is None else planned.recipe.train.keep_blocks
+        note(f"{kept} of the blocks keep their activations (train.keep_blocks)")
+        found["keep_blocks"] = kept
+    if recipe.train.cuda_graphs == "auto" and planned is not None:
+        found["cuda_graphs"] = planned.recipe.train.cuda_graphs
+    if not found:
         return assembly
-    kept = 0 if planned is None else planned.recipe.train.keep_blocks
-    note(f"{kept} of the blocks keep their activations (train.keep_blocks)")
-    train = recipe.train.model_copy(update={"keep_blocks": kept})
+    train = recipe.train.model_copy(update=found)
     return replace(assembly, recipe=recipe.model_copy(update={"train": train}))
 
 
