@@ -305,14 +305,29 @@ def _factor(number: int, steps: Sequence[Step]) -> float:
 
 def in_bfloat16(model: Path, folder: Path) -> Path:
     """A model's weights and tokenizer as transformers' folder, so that all runs quantise the same
-    numbers, whatever they compute in."""
+    numbers, whatever they compute in. nibble unpacks a GGUF file: some versions of transformers
+    leave it packed, and those models cannot be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": model}
     if model.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": model.parent, "gguf_file": model.name}
-    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        from nibble.models.gguf_cache import read_config, read_tokenizer
+        from nibble.weights.gguf_source import GgufSource
+
+        net = AutoModelForCausalLM.from_config(read_config(model), dtype=torch.bfloat16)
+        source = GgufSource(model).bind(net)
+        parameters = dict(net.named_parameters())
+        with torch.no_grad():
+            for name in source.entries():
+                value = source.read(name)
+                assert isinstance(value, Tensor)
+                parameters.pop(name).copy_(value)
+        assert not parameters or net.config.tie_word_embeddings, list(parameters)
+        tokenizer = read_tokenizer(model)
+    else:
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -387,7 +387,8 @@ def prepare(options: argparse.Namespace) -> None:
     books = Path(options.books)
     held = _tokens(tokenizer, [books / "classics_val.txt.xz"], limit=options.eval_tokens)
     parts = sorted(books.glob("classics_train_*.txt.xz"))
-    train = _tokens(tokenizer, parts, limit=int(options.max_mib * 2**20))
+    skipped = int(options.skip_tokens)
+    train = _tokens(tokenizer, parts, limit=skipped + int(options.max_mib * 2**20))[skipped:]
     pack(options, held, train, vocabulary=tokenizer.get_vocab_size())
 
 
@@ -434,14 +435,22 @@ def _unpacked(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
         told = {"num_eval": 512, "num_train": 8192, "vocabulary": 512}
         flat = np.random.default_rng(0).geometric(0.1, 8704).clip(max=511).astype(np.uint16)
     else:
-        text, _, packed = Path(options.data).read_bytes().partition(b"\n")
-        told = json.loads(text)
-        flat = np.frombuffer(lzma.decompress(packed), dtype=np.uint16)
+        first, *others = [_read_packed(Path(name)) for name in options.data.split(",")]
+        assert not any(header["num_eval"] for header, _ in others), "held out in the first alone"
+        told = dict(first[0])
+        told["num_train"] += sum(header["num_train"] for header, _ in others)
+        flat = np.concatenate([first[1], *(ids for _, ids in others)])
     high, low = divmod(told["num_eval"], 2**15)
     header = np.asarray([high, low, told["vocabulary"], 0], dtype=np.uint16)
     file = folder / "tokens.npy"
     np.save(file, np.concatenate([header, flat]))
     return str(file), f"{told['num_eval']}+{told['num_train']}"
+
+
+def _read_packed(path: Path) -> tuple[dict[str, int], np.ndarray]:
+    """What `pack` wrote: its header, and ids."""
+    text, _, packed = path.read_bytes().partition(b"\n")
+    return json.loads(text), np.frombuffer(lzma.decompress(packed), dtype=np.uint16)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -481,6 +490,7 @@ def main() -> None:
     make.add_argument("--out", required=True)
     make.add_argument("--max-mib", type=float, default=36)
     make.add_argument("--eval-tokens", type=int, default=500_000)
+    make.add_argument("--skip-tokens", type=float, default=0, help="a further file begins there")
     make.set_defaults(handler=prepare)
     look = commands.add_parser("show")
     look.add_argument("--results", required=True)
@@ -488,7 +498,7 @@ def main() -> None:
     for name, handler in (("table", table), ("speed", speed)):
         part = commands.add_parser(name)
         part.set_defaults(handler=handler)
-        part.add_argument("--data", help="what prepare wrote")
+        part.add_argument("--data", help="what prepare wrote; several files with commas")
         part.add_argument("--tiny", action="store_true", help="a small shape, on random tokens")
         part.add_argument("--shape", default="llama-60m")
         part.add_argument("--rank", type=int, default=128)
