@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from nibble.nn.quant import PackedWeight, QuantLinear, quantize_
 from nibble.numerics.formats import pack
 from nibble.place.activations import Activations, Recomputed
 from nibble.place.base import host_peak_bytes, out_of_memory_is_explained
-from nibble.place.devices import pick_device
+from nibble.place.devices import begin_context, pick_device
 from nibble.place.single import Single, one_device
 from nibble.spec.config import Adapter, Place, Quant
 from nibble.spec.formats import format_spec
@@ -235,3 +236,13 @@ def test_the_cap_is_enforced_and_explained() -> None:
         one_device(Place(device="cuda", vram="4000GiB"))
     with pytest.raises(PlacementError, match="the last GPU is"):
         one_device(Place(device="cuda:77"))
+
+
+def test_a_context_that_cannot_begin_says_nothing() -> None:
+    begun = threading.active_count()
+    begin_context(torch.device("cpu"))
+    assert threading.active_count() == begun
+    begin_context(torch.device("cuda", torch.cuda.device_count()))  # one that is not there
+    for thread in threading.enumerate():
+        if thread.name == "nibble-context":
+            thread.join(60)  # what it raises is an error of the test

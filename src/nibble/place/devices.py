@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -85,6 +87,22 @@ def device_of_rank(word: str, *, local_rank: int, local_world: int) -> torch.dev
             f"start {num_gpus} (place.num_devices={num_gpus})"
         )
     return torch.device("cuda", local_rank)
+
+
+def begin_context(device: torch.device) -> None:
+    """Let a GPU's context come into being meanwhile: it takes most of a second, without Python.
+
+    Whoever uses the device next waits for the rest of it. What goes wrong here goes wrong there
+    again, where it is explained.
+    """
+    if device.type != "cuda":
+        return
+
+    def begin() -> None:
+        with suppress(Exception):
+            torch.cuda.synchronize(device)
+
+    threading.Thread(target=begin, name="nibble-context", daemon=True).start()
 
 
 def cap_vram(device: torch.device, limit_bytes: int) -> None:

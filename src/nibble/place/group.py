@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nibble.errors import NibbleError, PeerError, PlacementError
-from nibble.place.devices import device_of_rank, pick_device
+from nibble.place.devices import begin_context, device_of_rank, pick_device
 from nibble.place.watch import Watch
 from nibble.spec.config import Place
 
@@ -65,7 +65,9 @@ class Group:
         taken, or the others do not come within `place.timeout_s`.
         """
         if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-            return cls.alone(pick_device(place.device))
+            device = pick_device(place.device)
+            begin_context(device)
+            return cls.alone(device)
         rank, world = _number("RANK"), _number("WORLD_SIZE")
         local_rank = _number("LOCAL_RANK", default=rank)
         local_world = _number("LOCAL_WORLD_SIZE", default=world)
@@ -77,6 +79,7 @@ class Group:
         device = device_of_rank(place.device, local_rank=local_rank, local_world=local_world)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            begin_context(device)
         owns = world > 1 and not dist.is_initialized()
         if owns:
             _join(device, rank=rank, world=world, timeout_s=place.timeout_s)
