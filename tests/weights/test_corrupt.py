@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nibble.errors import WeightError
-from nibble.weights import open_weights, stream
+from nibble.weights import open_weights, safetensors_source, stream
 from nibble.weights.safetensors_source import SafetensorsSource
 
 GOOD = {"layers.0.weight": torch.ones(4, 3), "layers.1.weight": torch.ones(4, 3)}
@@ -138,3 +138,16 @@ def test_ties_and_stale_buffers(tmp_path: Path) -> None:
     assert names(GOOD | stale) == expected
     save_file(GOOD | {"head.weight": torch.zeros(4, 3)}, tmp_path / "model.safetensors")
     assert "tie_word_embeddings" in refused(tmp_path)
+
+
+def test_pieces_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_source, "PIECE_BYTES", 1000)
+    tensor = torch.randn(301, 17)
+    save_file({"w": tensor, "v": torch.ones(3)}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert torch.equal(source.read("w"), tensor)  # type: ignore[arg-type]
+    assert torch.equal(source.read("w", slice(100, 300)), tensor[100:300])  # type: ignore[arg-type]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(WeightError, match="ended while it was read"):
+        source.read("w")

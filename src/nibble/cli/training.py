@@ -11,6 +11,7 @@ from rich.console import Console
 from nibble.cli.planning import plan_or_none
 from nibble.cli.quiet import quiet_libraries
 from nibble.spec.config import Recipe
+from nibble.spec.imports import without_collector
 from nibble.spec.units import show_bytes
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def train_here(recipe: Recipe, *, resume: bool) -> None:
 
         console.print(render(made))
         console.print()
-    from nibble.run import train
+    with without_collector():
+        from nibble.run import train
 
-    quiet_libraries()
+        quiet_libraries()
     result = train(recipe, resume=resume)
     outcome = result.outcome
     if outcome.interrupted:

@@ -90,7 +90,8 @@ def device_of_rank(word: str, *, local_rank: int, local_world: int) -> torch.dev
 
 
 def begin_context(device: torch.device) -> None:
-    """Let a GPU's context come into being meanwhile: it takes most of a second, without Python.
+    """Let a GPU's context and Triton's driver come into being meanwhile: they take more than a
+    second, with little Python.
 
     Whoever uses the device next waits for the rest of it. What goes wrong here goes wrong there
     again, where it is explained.
@@ -101,8 +102,11 @@ def begin_context(device: torch.device) -> None:
     def begin() -> None:
         with suppress(Exception):
             torch.cuda.synchronize(device)
+            from nibble.kernels.first import launch_first
 
-    threading.Thread(target=begin, name="nibble-context", daemon=True).start()
+            launch_first(device)
+
+    threading.Thread(target=begin, name="nibble-context").start()
 
 
 def cap_vram(device: torch.device, limit_bytes: int) -> None:

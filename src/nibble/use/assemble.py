@@ -38,6 +38,7 @@ from nibble.place.base import Placement
 from nibble.spec.builtin_models import is_builtin, rounded_vocabulary
 from nibble.spec.config import Model, Recipe
 from nibble.spec.formats import FormatSpec, format_spec
+from nibble.spec.imports import without_collector
 from nibble.spec.methods import has_int8_weights, low_rank, reasons
 from nibble.use import packed
 from nibble.weights import Stream, open_weights, stream
@@ -117,6 +118,7 @@ def adapter_dtype(recipe: Recipe) -> torch.dtype:
     return torch.float32
 
 
+@without_collector()
 def assemble(recipe: Recipe, *, num_labels: int | None = None, to_train: bool = True) -> Assembly:
     """Build, expand, quantise and adapt the recipe's model on the meta device.
 

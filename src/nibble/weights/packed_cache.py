@@ -37,8 +37,8 @@ from torch import Tensor
 from nibble.errors import WeightError
 from nibble.nn.quant import PackedWeight
 from nibble.spec.formats import DTYPE_BYTES, FormatSpec
-from nibble.weights.safetensors_source import Extent, read_header
-from nibble.weights.stored import PIECE_BYTES, Pieces, StoredTensors
+from nibble.weights.safetensors_source import PIECE_BYTES, Extent, read_header
+from nibble.weights.stored import Pieces, StoredTensors
 
 PACKING_VERSION = 1
 """Raised whenever the same weight would give other packed tensors."""

@@ -1,7 +1,7 @@
 """A folder of safetensors files, read with plain reads.
 
 A file is 8 bytes of header length (little endian), a JSON header {name: {dtype, shape,
-data_offsets}}, then the data. It is read with seek and readinto rather than mapped: mapped pages
+data_offsets}}, then the data. It is read with plain reads rather than mapped: mapped pages
 count as the process's memory until the kernel takes them back, and loading a model must never look
 as large as the model. Everything that can be wrong with a file is checked when it is opened: after
 that only the disk can fail. Cost: one header per shard.
@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ DTYPES = {
 }
 MAX_HEADER_BYTES = 100_000_000
 PAGES_FROM_BYTES = 2**20
+NUM_READERS, PIECE_BYTES = 8, 64 << 20
 INDEX_NAME = "model.safetensors.index.json"
 SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -109,20 +112,40 @@ class SafetensorsSource:
 
 
 def read_tensor(extent: Extent) -> Tensor:
-    """The tensor at an extent; WeightError when the file has become shorter since it was opened."""
+    """The tensor at an extent; WeightError when the file has become shorter since it was opened.
+
+    The pieces of a large one are read side by side: what takes time is finding pages for them.
+    """
     buffer = _buffer(extent.num_bytes)
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    starts = range(0, extent.num_bytes, PIECE_BYTES)
     with extent.file.open("rb", buffering=0) as file:
-        file.seek(extent.offset)
-        done = 0
-        while done < extent.num_bytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise WeightError(f"{extent.file} ended while it was read: fetch it again")
-            done += count
+
+        def read(start: int) -> bool:
+            piece = view[start : start + PIECE_BYTES]
+            return read_into(file.fileno(), extent.offset + start, piece) == len(piece)
+
+        if len(starts) < 2:
+            whole = all(map(read, starts))
+        else:
+            with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="nibble-reader") as pool:
+                whole = all(pool.map(read, starts))
+    if not whole:
+        raise WeightError(f"{extent.file} ended while it was read: fetch it again")
     if extent.entry.dtype == torch.uint8:
         return buffer.reshape(extent.entry.shape)
     return buffer.view(extent.entry.dtype).reshape(extent.entry.shape)
+
+
+def read_into(handle: int, offset: int, target: memoryview) -> int:
+    """Fill `target` from a place in a file; returns how many bytes there were."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(handle, [target[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
 
 
 def _buffer(num_bytes: int) -> Tensor:

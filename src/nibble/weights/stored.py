@@ -8,7 +8,6 @@ takes longer than copying.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +18,10 @@ from torch import Tensor
 
 from nibble.errors import WeightError
 from nibble.nn.quant import PackedWeight
-from nibble.weights.safetensors_source import Extent
+from nibble.weights.safetensors_source import NUM_READERS, PIECE_BYTES, Extent, read_into
 
-NUM_READERS = 8
 NUM_AHEAD = 16
 """Weights that are read before they are asked for: half a GiB of an 8B."""
-PIECE_BYTES = 64 << 20
 Pieces = tuple[tuple[int, int | None], ...]
 """Bytes and checksum of each part of a tensor that one process wrote, in order."""
 
@@ -95,12 +92,8 @@ def _read_piece(handle: int, offset: int, target: memoryview) -> int:
     """Fill `target` from a file; returns the checksum of what is there then."""
     found = 0
     for start in range(0, len(target), PIECE_BYTES):
-        piece, done = target[start : start + PIECE_BYTES], 0
-        while done < len(piece):
-            count = os.preadv(handle, [piece[done:]], offset + start + done)
-            if count == 0:
-                break
-            done += count
+        piece = target[start : start + PIECE_BYTES]
+        read_into(handle, offset + start, piece)
         found = zlib.crc32(piece, found)
     return found
 
