@@ -1,15 +1,14 @@
 """Counts the bytes of live tensors while nibble's own code runs on a CPU, as a GPU would hold them.
 
 Every storage that an operation makes is counted, in whole pieces of 512 bytes, until the last
-tensor on it is gone. Triton's kernels are launched as nothing: the functions around them allocate
-what they allocate on a GPU. What an operation has for itself while it runs is added where it counts
-(`SCRATCH`): attention's backward sums in fp32.
+tensor on it is gone, which is seen when the next operation begins. Triton's kernels are launched
+as nothing: the functions around them allocate what they allocate on a GPU. What an operation has
+for itself while it runs is added where it counts
 """
 
 from __future__ import annotations
 
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PIECE = 512
+NUM_PYTHON_REFERENCES, NUM_TENSOR_REFERENCES, NUM_STORAGE_REFERENCES = 4, 4, 2
+"""To an argument that only autograd's engine holds, as `_sums_gradients` sees it."""
 FUSED_NUMEL, BATCH_NBYTES = 1 << 14, 1 << 22
 """As in nibble/optim, for matrices of some ten thousand weights."""
 
@@ -47,6 +49,20 @@ SCRATCH: dict[str, Callable[[Sequence[Any]], int]] = {
 }
 
 
+def _sums_gradients(args: Sequence[Any]) -> bool:
+    """Whether autograd adds two gradients of one tensor, the first of which nobody else holds: it
+    does that in place, but not under a mode like this one."""
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) != 2:
+        return False
+    one, other = args[0], args[1]
+    alike = isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
+    if not alike or not one.is_contiguous() or sys.getrefcount(one) > NUM_PYTHON_REFERENCES:
+        return False
+    storage = one.untyped_storage()._cdata
+    num = one._use_count(), torch._C._storage_Use_Count(storage)  # type: ignore[attr-defined]
+    return num[0] <= NUM_TENSOR_REFERENCES and num[1] <= NUM_STORAGE_REFERENCES
+
+
 class Count(TorchDispatchMode):
     """`live` bytes, their `peak` since the last `begin`, and what was alive then."""
 
@@ -55,10 +71,11 @@ class Count(TorchDispatchMode):
         self.live = self.peak = 0
         self.at_peak: list[tuple[str, int]] = []
         self.last = ""
-        self._held: dict[int, tuple[str, int]] = {}
+        self._held: dict[int, tuple[str, int, StorageWeakRef]] = {}
 
     def begin(self) -> None:
         """A new peak."""
+        self._sweep()
         self.peak, self.at_peak = 0, []
         self._look("begin", 0)
 
@@ -69,8 +86,11 @@ class Count(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
+        self._sweep()
         name = func.overloadpacket.__name__
+        if name == "add" and _sums_gradients(args):
+            return args[0].add_(args[1])
+        made = func(*args, **(kwargs or {}))
         for value in tree_leaves(made):
             if isinstance(value, Tensor) and value.device.type == "cpu":
                 self._see(value, name)
@@ -84,17 +104,19 @@ class Count(TorchDispatchMode):
         if key in self._held:
             return
         nbytes = _pieces(storage.nbytes())
-        self._held[key] = (f"{name}{tuple(tensor.shape)}{str(tensor.dtype)[6:]}", nbytes)
+        name = f"{name}{tuple(tensor.shape)}{str(tensor.dtype)[6:]}"
+        self._held[key] = (name, nbytes, StorageWeakRef(storage))
         self.live += nbytes
-        weakref.finalize(storage, self._gone, key)
 
-    def _gone(self, key: int) -> None:
-        self.live -= self._held.pop(key)[1]
+    def _sweep(self) -> None:
+        for key in [key for key, (_, _, storage) in self._held.items() if storage.expired()]:
+            self.live -= self._held.pop(key)[1]
 
     def _look(self, name: str, scratch: int) -> None:
         if self.live + scratch > self.peak:
             self.peak, self.last = self.live + scratch, name
-            self.at_peak = [*self._held.values(), ("scratch of " + name, scratch)]
+            self.at_peak = [held[:2] for held in self._held.values()]
+            self.at_peak.append(("scratch of " + name, scratch))
 
     def table(self, num: int = 25) -> str:
         """What was alive at the peak, largest first."""

@@ -27,6 +27,8 @@ ROWS = {
     "llama3-8b/3 lora 2x256 selective": 0.02,
     "llama3-8b/3 full 2x256 ckpt": 0.02,
     "qwen3-8b/3 full 2x256x2 none": 0.02,
+    "gemma3-12b/3 full 2x256x2 ckpt": 0.02,
+    "llama3-1b/3 full 2x256 none": 0.02,
     "llama3-8b/3 galore8-backward 2x256 ckpt": 0.04,
     "mixtral-8x7b/2 lora 2x256 ckpt": 0.02,
     "llama3-8b/3 lora-head 2x256 keep2": 0.02,

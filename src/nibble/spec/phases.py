@@ -325,11 +325,13 @@ class _Gradients:
 
 def _gradients(run: Run) -> _Gradients:
     stock, whole, blocks = run.stock, run.held.gradients, run.seen.blocks
-    if run.recipe.train.gradient_accumulation_steps > 1 or run.is_recorded:
-        twice = max(stock.embedding_gradient_bytes, 0)
-        return _Gradients(before=whole, head=whole, kept=whole, first_block=whole, embedding=twice)
-    share = whole / max(1, stock.gradient_bytes)
     tied = stock.embedding_trained and stock.architecture.tied
+    if run.recipe.train.gradient_accumulation_steps > 1 or run.is_recorded:
+        # A tied head's gradient waits for the embedding's: their sum joins those of passes before.
+        waits = stock.head_gradient_bytes if tied else 0
+        kept, last = whole + waits, waits + stock.embedding_gradient_bytes
+        return _Gradients(before=whole, head=kept, kept=kept, first_block=kept, embedding=last)
+    share = whole / max(1, stock.gradient_bytes)
     embedding = 0 if tied else stock.embedding_gradient_bytes
     head = stock.head_gradient_bytes if stock.gradient_bytes >= stock.head_gradient_bytes else 0
     of_blocks = max(0, stock.gradient_bytes - head - embedding)
@@ -348,12 +350,10 @@ def _gradients(run: Run) -> _Gradients:
 def _evaluation_moments(run: Run) -> _Moments:
     """A forward pass without a graph."""
     seen = run.seen
+    logits = seen.loss.chunk_evaluation + seen.loss.head_copy
     return {
         "a block": {"activation_workspace": seen.forward, "dequantised": seen.dequantised},
-        "the loss": {
-            "activations_kept": seen.outside,
-            "logits": seen.loss.chunk_evaluation + seen.loss.head_copy,
-        },
+        "the loss": {"activations_kept": seen.outside, "logits": logits},
     }
 
 
