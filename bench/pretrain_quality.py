@@ -11,9 +11,11 @@ held-out ones first). `speed` measures one row at several batch sizes, with and 
 
 `table` is the protocol, the same for every row: learning rates sqrt(10) apart around the row's
 guess with --tune-tokens each, and one beyond the best while the best is at an edge, up to
---max-tries; then one run with --tokens at the rate where a parabola through the best three has its
-least loss (at most half a step from the best); at the end more seeds of --seeded rows. Rates warm
-up over a tenth and end at a tenth (cosine); seeds fix weights, order and noise.
+--max-tries; then one run with --tokens. Its rate is where a parabola through the best three has its
+least loss (at most half a step from the best), times (tune tokens / tokens) ** --horizon: longer
+runs want smaller rates, by a power of 0.32 (Bjorck et al., arXiv 2409.19913). At the end more seeds
+of --seeded rows. Rates warm up over a tenth and end at a tenth (cosine); seeds fix weights, order
+and noise.
 
 One process a card runs one job after another. Each finished run is a line of --results at once, and
 what is there already is never run again: a later call goes on, with more rows, seeds or tokens. No
@@ -43,7 +45,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MARK = "@@"
-GUESS_TOKENS_PER_S, GUESS_SETUP_S, MARGIN_S = 600e3, 6.0, 6.0
+GUESS_TOKENS_PER_S, GUESS_SETUP_S, MARGIN_S = 1.2e6, 2.0, 6.0
 SHARED = ("shape", "rank", "batch", "length", "tune_tokens", "data")
 FIRST_PLACES = (0, -1, 1)
 PIECE = 20_000
@@ -145,7 +147,8 @@ class Table:
         if math.isfinite(low) and math.isfinite(high):
             bend = low - 2 * found[best] + high
             at += max(-0.5, min(0.5, (low - high) / (2 * bend))) if bend > 0 else 0.0
-        return _round(ROWS[row][0] * 10 ** (at / 2))
+        longer = self.options.tokens / self.options.tune_tokens
+        return _round(ROWS[row][0] * 10 ** (at / 2) * longer**-self.options.horizon)
 
     def line(self, job: Job) -> dict[str, Any] | None:
         """What a finished run measured."""
@@ -512,8 +515,9 @@ def main() -> None:
         part.add_argument("--results", required=True, help="JSON lines, read and appended to")
         part.add_argument("--cards", type=int, default=1)
         part.add_argument("--limit-s", type=float, default=math.inf)
-        part.add_argument("--tokens", type=float, default=30e6, help="of a long run")
-        part.add_argument("--tune-tokens", type=float, default=4e6, help="of a rate that is tried")
+        part.add_argument("--tokens", type=float, default=200e6, help="of a long run")
+        part.add_argument("--tune-tokens", type=float, default=8e6, help="of a rate that is tried")
+        part.add_argument("--horizon", type=float, default=0.32)
         part.add_argument("--max-tries", type=int, default=5)
         part.add_argument("--seeds", type=int, default=3)
         part.add_argument("--seeded", default="galore-svd,galore-randomised,adamw")
