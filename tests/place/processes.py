@@ -6,7 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 
 def free_port() -> int:
@@ -20,11 +24,33 @@ def free_port() -> int:
 def start(
     script: Path, *arguments: object, world: int = 2, timeout_s: float = 240
 ) -> list[tuple[int, str]]:
-    """(exit code, output) of each rank of `script`, in torchrun's environment."""
-    port = free_port()
+    """(exit code, output) of each rank of `script`, in torchrun's environment.
+
+    Output goes to files: who writes to a pipe that nobody reads yet stops when it is full, and
+    then all others wait for it.
+    """
+    with ExitStack() as files:
+        outputs = [
+            files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            for _ in range(world)
+        ]
+        running = _started([str(script), *map(str, arguments)], outputs)
+        try:
+            until = time.monotonic() + timeout_s
+            codes = [process.wait(max(0.0, until - time.monotonic())) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        return [(code, _text(output)) for code, output in zip(codes, outputs, strict=True)]
+
+
+def _started(words: list[str], outputs: list[IO[str]]) -> list[subprocess.Popen[str]]:
+    """A process for each output."""
+    port, world = free_port(), len(outputs)
     here = Path(__file__).parent
     running = []
-    for rank in range(world):
+    for rank, output in enumerate(outputs):
         environment = {
             **os.environ,
             "RANK": str(rank),
@@ -37,18 +63,18 @@ def start(
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
         }
-        words = [sys.executable, str(script), *map(str, arguments)]
         running.append(
             subprocess.Popen(
-                words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, *words],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
-    found = []
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=timeout_s)
-            found.append((process.returncode, output))
-    finally:
-        for process in running:
-            process.kill()
-    return found
+    return running
+
+
+def _text(output: IO[str]) -> str:
+    output.seek(0)
+    return output.read()

@@ -48,7 +48,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     make_base(root / "base")
     make_data(root / "train.jsonl")
     (root / "cases.json").write_text(json.dumps(cases(root)))
-    ended = start(Path(__file__).with_name("deepspeed_worker.py"), root)
+    ended = start(Path(__file__).with_name("placements_worker.py"), root)
     for code, output in ended:
         assert code == 0, output[-4000:]
     return [torch.load(root / f"found-{rank}.pt", weights_only=False) for rank in range(2)]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -346,6 +347,11 @@ def _library(group: Group) -> Any:
             f"place.kind=deepspeed needs deepspeed: {EXTRA}, or use place.kind=fsdp"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls torch by names that torch 2.13 warns of, once more at nearly every message: 140 kB in
+    # twenty steps of two blocks, and a process whose output nobody reads stops when a pipe is full.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     if group.device.type == "cpu":
         # It would compile its own messages in shared memory, and wait for ever for a compilation
         # that was once interrupted.
