@@ -16,8 +16,9 @@ from nibble.cli.quiet import UNUSED, spare_imports
 spare_imports()
 from transformers import utils
 from transformers.generation import candidate_generator
-told = {"known": [utils.is_hqq_available(), utils.is_sklearn_available(),
-                  utils.is_torchvision_available()],
+from transformers.loss import loss_utils
+told = {"known": [utils.is_hqq_available(), utils.is_scipy_available(),
+                  utils.is_sklearn_available(), utils.is_torchvision_available()],
         "loaded": [name for name in UNUSED if name in sys.modules]}
 import sklearn.metrics
 told["later"] = sklearn.metrics.__name__
@@ -30,7 +31,7 @@ def test_transformers_leaves_packages_out_that_others_can_import_later() -> None
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
     )
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {"known": [False, False, False], "loaded": [], "later": "sklearn.metrics"}
+    assert told == {"known": [False, False, False, False], "loaded": [], "later": "sklearn.metrics"}
 
 
 def test_what_is_imported_already_stays() -> None:
@@ -40,5 +41,5 @@ def test_what_is_imported_already_stays() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["known"][1] is True
-    assert told["loaded"] == ["sklearn"]
+    assert told["known"][2] is True
+    assert told["loaded"] == ["scipy", "sklearn"]

@@ -16,9 +16,9 @@ from typing import TextIO
 from nibble.errors import NibbleWarning
 
 LIBRARIES = ("bitsandbytes", "datasets", "huggingface_hub", "torch", "transformers")
-UNUSED = ("hqq", "sklearn", "torchvision")
-"""What transformers imports where it is installed, for pictures, its own quantised caches and
-guesses of a smaller model: one to two seconds of every start."""
+UNUSED = ("hqq", "scipy", "sklearn", "torchvision")
+"""What transformers imports where it is installed, for pictures and boxes found in them, its own
+quantised caches and guesses of a smaller model: one to two seconds of every start."""
 
 
 def quiet_libraries() -> None:
@@ -55,6 +55,7 @@ def spare_imports() -> None:
 
         for is_available in (
             utils.is_hqq_available,
+            utils.is_scipy_available,
             utils.is_sklearn_available,
             utils.is_torchvision_available,
         ):
