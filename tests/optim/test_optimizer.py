@@ -352,3 +352,30 @@ def test_clipping_edges() -> None:
     mixed[0].grad, mixed[1].grad = torch.full((3,), 2.0), torch.ones(4, dtype=torch.bfloat16)
     assert clip_grad_norm_(mixed, 2.0).item() == 4.0
     assert torch.allclose(mixed[1].grad.float(), torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_state_made_ahead_changes_nothing(rule: str, codec: str) -> None:
+    found = []
+    for ahead in (False, True):
+        weights = weights_of()
+        optimizer = Optimizer(weights, rule=rule, codec=codec, lr=1e-2)
+        if ahead:
+            optimizer.make_state()
+            before = {weight: dict(optimizer.state[weight]) for weight in weights}
+            assert all(state["step"] == 0 for state in before.values())
+        train(optimizer, weights, steps=range(2))
+        if ahead:
+            kept = [
+                optimizer.state[w][name] is value
+                for w, state in before.items()
+                for name, value in state.items()
+                if isinstance(value, Tensor)
+            ]
+            assert all(kept), "steps write into what was made"
+            optimizer.make_state()
+        found.append([weights, *leaves(list(optimizer.state.values()))])
+    for one, other in zip(leaves(found[0]), leaves(found[1]), strict=True):
+        same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        assert same

@@ -167,6 +167,15 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
+    def make_state(self) -> None:
+        """Make what state is missing, before gradients are there whose gaps it would divide."""
+        for index, group in enumerate(self.param_groups):
+            projected = self.projections(index)
+            for weight in group["params"]:
+                if weight.numel() > 0:
+                    self._state_of(weight, group, projected.get(weight))
+
+    @torch.no_grad()
     def step_one(self, weight: Tensor, *, index: int, base: int) -> None:
         """Update one parameter of group `index` as `step` would; `base` as in `numbered`."""
         self._step_some(index, [(weight, base)])
@@ -221,7 +230,8 @@ class Optimizer(torch.optim.Optimizer):
                     "sparse gradients are not supported: build the model without them"
                 )
             projection = own_projections.get(weight)
-            state = self._counted_state(weight, group, projection)
+            state = self._state_of(weight, group, projection)
+            state["step"] += 1
             dim: int | None = None
             if not elementwise and view is not None:
                 dim = projection.small_axis if projection is not None else view.dim
@@ -303,15 +313,13 @@ class Optimizer(torch.optim.Optimizer):
         view = self.views.get(weight)
         return weight.numel() if view is None else prod(view.shape)
 
-    def _counted_state(
+    def _state_of(
         self, weight: Tensor, group: dict[str, Any], projection: Projection | None
     ) -> dict[str, Any]:
-        """The state of a parameter, made if need be, with its step counted on."""
         state: dict[str, Any] = self.state[weight]
         if not state:
             view = self.view(weight)
             initialise_(state, weight, group=group, view=view, projection=projection)
-        state["step"] += 1
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

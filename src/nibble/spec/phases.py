@@ -188,7 +188,7 @@ class Run:
 def phase(name: str, run: Run) -> Phase:
     """Bytes at the largest moment of the phase called `name`."""
     stock, share = run.stock, run.held
-    state = 0 if name in ("load", "first step") else share.optimizer_state
+    state = 0 if name == "load" else share.optimizer_state
     held = {
         "base_codes": share.base_codes,
         "base_scales": share.base_scales,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from nibble.data import Batch
 from nibble.errors import TrainingError
+from nibble.optim import Optimizer
 from nibble.place.base import Placement
 from nibble.spec.graphs import Wish
 from nibble.train.checkpoint import Checkpoints, all_finite
@@ -158,6 +159,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.meter = Meter(self.place)
         self.parameters = list(self.state.trained().values())
+        if isinstance(self.state.optimizer, Optimizer):
+            self.state.optimizer.make_state()
         self.passes = passes_of(
             self.state.model,
             self._work,

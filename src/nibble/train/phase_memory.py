@@ -2,9 +2,10 @@
 save.
 
 A phase ends by reading the peaks and beginning new ones. Twice cached memory is given back as well:
-when weights are loaded, and behind the first step, where the optimiser's state was made in the gaps
-between gradients; what is left of those gaps would be reserved for the rest of the run. That takes
-some milliseconds once; other phases cost nothing.
+when weights are loaded, and behind the first step, which needs some of it only once. What is left
+of gaps would be reserved for the rest of the run; for the same reason the loop makes the
+optimiser's state before the first step and not between its gradients. That takes some milliseconds
+once; other phases cost nothing.
 """
 
 from __future__ import annotations
