@@ -203,7 +203,7 @@ def phase(name: str, run: Run) -> Phase:
         "steady step": _step_moments,
         "evaluation": _evaluation_moments,
         # Trained tensors and state are copied to the host one by one.
-        "save": lambda run: _WRITING,
+        "save": lambda run: {"writing": dict[str, int]()},
         MERGE: _merge_moments,
     }[name](run)
     if run.is_recorded:
@@ -211,8 +211,8 @@ def phase(name: str, run: Run) -> Phase:
     moment, extra = max(moments.items(), key=lambda item: sum((held | item[1]).values()))
     device = {category: extra.get(category, held.get(category, 0)) for category in CATEGORIES}
     if not run.on_cpu:
-        gaps = int(ALLOCATOR_SHARE * sum(device.values()))
-        device["allocator"] = gaps + ALLOCATOR_BYTES + BLAS_BYTES
+        gaps = int(ALLOCATOR_SHARE * (sum(device.values()) - device["allocator"]))
+        device["allocator"] += gaps + ALLOCATOR_BYTES + BLAS_BYTES
         device["cuda_context"] = CUDA_CONTEXT_BYTES
     stepping = name in ("first step", "steady step", "evaluation", "save")  # the pool stays
     host = {
@@ -234,18 +234,15 @@ def phase(name: str, run: Run) -> Phase:
 
 
 _Moments = dict[str, dict[str, int]]
-_WRITING: _Moments = {"writing": {}}
 
 
 def _load_moments(run: Run) -> _Moments:
     """The last tensor arrives in 16 bit while all the others are there, and is packed by chunks."""
-    stock = run.stock
-    return {"packing the largest matrix": {"dequantised": stock.packing_bytes}}
+    return {"packing the largest matrix": {"dequantised": run.stock.packing_bytes}}
 
 
 def _step_moments(run: Run) -> _Moments:
-    """The loss, the head's gradient, the first and the last block of backward, the embedding's
-    gradient, the update.
+    """The loss, gradients of the head, of the first and last block and the embedding, the update.
 
     Gradients exist throughout when several passes are accumulated; with one pass they grow while
     activations go, so the two are never whole at once.
@@ -302,6 +299,7 @@ def _step_moments(run: Run) -> _Moments:
             "activations_kept": always + row,
             "gradients": run.held.gradients,
             "activation_workspace": grown.embedding,
+            "allocator": grown.hole,
         },
         UPDATE: {
             "gradients": run.held.gradients,
@@ -314,13 +312,14 @@ def _step_moments(run: Run) -> _Moments:
 @dataclass(frozen=True, kw_only=True)
 class _Gradients:
     """Bytes of gradients `before` backward, behind the `head`, behind the blocks that `kept` all,
-    and when it comes to the `first_block`; `embedding`: on top of all of them at the end."""
+    and at the `first_block`; `embedding`: on top at the end, too large for the logits' `hole`."""
 
     before: int
     head: int
     kept: int
     first_block: int
     embedding: int
+    hole: int = 0
 
 
 def _gradients(run: Run) -> _Gradients:
@@ -329,8 +328,10 @@ def _gradients(run: Run) -> _Gradients:
     if run.recipe.train.gradient_accumulation_steps > 1 or run.is_recorded:
         # A tied head's gradient waits for the embedding's: their sum joins those of passes before.
         waits = stock.head_gradient_bytes if tied else 0
-        kept, last = whole + waits, waits + stock.embedding_gradient_bytes
-        return _Gradients(before=whole, head=kept, kept=kept, first_block=kept, embedding=last)
+        kept = dict.fromkeys(("head", "kept", "first_block"), whole + waits)
+        last = waits + stock.embedding_gradient_bytes
+        hole = run.seen.loss.head if waits > run.seen.loss.head else 0
+        return _Gradients(before=whole, **kept, embedding=last, hole=hole)
     share = whole / max(1, stock.gradient_bytes)
     embedding = 0 if tied else stock.embedding_gradient_bytes
     head = stock.head_gradient_bytes if stock.gradient_bytes >= stock.head_gradient_bytes else 0
@@ -370,7 +371,6 @@ def _merge_moments(run: Run) -> _Moments:
     stock, seen = run.stock, run.seen
     is_small = run.recipe.adapter.kind in ("lora", "dora")
     outside = stock.base_weights_bytes - sum(stock.dense_by_block)
-    learnt = sum(stock.trained_by_block)
     blocks = [
         frozen + (0 if is_small else trained)
         for frozen, trained in zip(stock.base_by_block, stock.trained_by_block, strict=True)
@@ -382,7 +382,7 @@ def _merge_moments(run: Run) -> _Moments:
         "base_codes": 0,
         "base_scales": 0,
         "base_weights": outside,
-        "trained_weights": stock.trained_bytes - (0 if is_small else learnt),
+        "trained_weights": stock.trained_bytes - (0 if is_small else sum(stock.trained_by_block)),
         "optimizer_state": 0,
         "moving": block,
     }
