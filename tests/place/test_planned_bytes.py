@@ -1,9 +1,10 @@
-"""The plan's tensor bytes against those of a filled model, exactly: every format, adapter and
-placement of one process."""
+"""The plan's tensor bytes against those of a filled model and its optimiser, exactly: every format,
+adapter, optimiser and placement of one process."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-from plan_rows import MODELS, tiny
+from plan_rows import METHODS, MODELS, tiny
 from random_model import assemble_random, write_config
 
+from nibble import optim
 from nibble.nn.quant import QuantLinear
 from nibble.place import Group, placement
 from nibble.place.activations import Activations
@@ -32,8 +34,7 @@ FORMATS: list[dict[str, Any]] = [
     {"format": "nf4", "double_quant": False},
     {"format": "fp4"},
     {"format": "int8"},
-    {"format": "hqq", "bits": 4},
-    {"format": "hqq", "bits": 8},
+    *({"format": "hqq", "bits": bits} for bits in (1, 2, 3, 4, 8)),
     {"format": "ternary"},
 ]
 ADAPTERS: list[dict[str, Any]] = [
@@ -41,6 +42,11 @@ ADAPTERS: list[dict[str, Any]] = [
     {**LORA, "kind": "dora"},
     {"kind": "expand", "num_new_blocks": 1},
 ]
+OPTIMS: dict[str, dict[str, Any]] = {
+    **{name: words["optim"] for name, words in METHODS.items() if set(words) == {"optim"}},
+    "adamw": {},
+    "sgd": {"name": "sgd", "momentum": 0.0},
+}
 PLACES: list[dict[str, Any]] = [
     {"kind": "single"},
     {"kind": "stream", "resident_blocks": 0},
@@ -111,3 +117,46 @@ def test_tensors_are_planned_to_the_byte(
     assert streamed == everything - here
     if place["kind"] == "stream" and not place["resident_blocks"]:
         assert streamed == held.streamed
+
+
+def optimised() -> Iterator[Any]:
+    """Optimisers of adapters everywhere; low-rank gradients where the base is trained."""
+    for name, words in OPTIMS.items():
+        places = PLACES[:1] if "method" in words else PLACES
+        for quant in ("none",) if "method" in words else ("none", "nf4"):
+            for place in places:
+                label = "-".join(map(str, (name, quant, *place.values())))
+                yield pytest.param(name, quant, place, id=label)
+
+
+@pytest.mark.parametrize(("name", "quant", "place"), list(optimised()))
+def test_the_optimisers_state_is_planned_to_the_byte(
+    name: str, quant: str, place: dict[str, Any], tmp_path: Path
+) -> None:
+    words, low_rank = dict(OPTIMS[name]), "method" in OPTIMS[name]
+    if "rank" in words:
+        words["rank"] = 8
+    write_config(tmp_path, tiny(MODELS["qwen2-0.5b"]))
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": str(tmp_path)},
+            "quant": {"format": quant, "cache": False},
+            "adapter": {"kind": "none"} if low_rank else {"kind": "lora", "rank": 40},
+            "optim": words,
+            "place": {**place, "device": "cpu"},
+        }
+    )
+    held = holding(recipe, inventory(recipe, architecture(recipe.model)), ONE_DEVICE)
+    device = torch.device("cpu")
+    at = placement(recipe.place, Group.alone(device), optim=recipe.optim)
+    assembly = assemble_random(recipe, device=device, pool=torch.zeros(1 << 16).bfloat16())
+    model = fill(assembly, at, activations=Activations.of(recipe.train))
+    trained = at.trained(model)
+    views = {name: at.view(name) for name in trained}
+    optimizer, _ = optim.build(trained, recipe.optim, total_steps=10, seed=0, views=views)
+    assert isinstance(optimizer, optim.Optimizer)
+    optimizer.make_state()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    found = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    at.close()
+    assert found == held.optimizer_state
