@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Nibble
 
+from nibble.cli import planning
 from nibble.spec.load import load_recipe
 
 LLAMA_8B = {
@@ -104,3 +105,22 @@ def test_it_takes_a_second_and_no_torch(model: str) -> None:
     assert done.returncode == 0, done.stderr
     # Other programs may be running beside the tests; a plan alone takes about 0.7 s.
     assert time.perf_counter() - begin[1] < 10
+
+
+def test_of_unequal_cards_the_least_is_planned_for_and_named(
+    model: str, nibble: Nibble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = ["NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090"]
+    monkeypatch.setattr(planning, "card_names", lambda: cards)
+    words = ("plan", "qlora", f"model.path={model}", "train.max_tokens=1000000")
+    told = nibble(*words)
+    assert told.code == 0, told.err
+    assert "3 x rtx3060" in told.out
+    line = " ".join(told.out.split())
+    assert "rtx3060 (12.00 GiB) limits all 3 GPUs, of which the largest is rtx4090" in line
+    assert json.loads(nibble(*words, "--json").out)["hardware"] == "rtx3060"
+    # Cards that the run does not use limit nothing.
+    alone = nibble(*words, "place.kind=single")
+    assert "rtx4090" in alone.out and "limits" not in alone.out
+    second = nibble(*words, "place.kind=single", "place.device=cuda:1")
+    assert "rtx3060" in second.out and "limits" not in second.out

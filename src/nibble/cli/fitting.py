@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from nibble.cli.planning import Where, where
+from nibble.cli.planning import Where, limited_by, where
 from nibble.errors import ConfigError
 from nibble.launch.devices import visible_cards
 from nibble.spec import fit_text, recipes
@@ -93,6 +93,8 @@ def show_fit(
 
     console = Console()
     console.print(render(found.plan))
+    if (limited := limited_by(recipe, gpu=gpu, gpus=gpus)) is not None:
+        console.print(limited, markup=False, highlight=False)
     console.print()
     console.print(fit_text.render(found))
     if out is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import typer
 
 from nibble.errors import ConfigError, PlanError, WeightError
+from nibble.launch.devices import Card, unequal
 from nibble.spec.arch import Architecture
 from nibble.spec.config import Recipe
 from nibble.spec.decide import decide
@@ -32,24 +34,21 @@ class Where:
 
 
 def where(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> Where:
-    """The named card, or this machine's; without one, the CPU.
+    """The named card, or this machine's, of unequal ones the least; without one, the CPU.
 
     `gpus`: how many of them share the run (default: place.num_devices, or all that are here).
     """
     shape = shapes(recipe.model, num_labels=recipe.model.num_labels)
-    names = card_names() if gpu is None else (gpu,)
-    device = recipe.place.device
-    on_cpu = device == "cpu" or (device == "auto" and not names)
+    names, number, on_cpu = _asked(recipe, gpu=gpu, gpus=gpus)
     card = None
-    if on_cpu or names:
-        # A card that the table does not know is planned for without a speed, unless it was named; a
-        # processor has a row once it was measured.
-        with nullcontext() if gpu is not None and not on_cpu else suppress(ConfigError):
-            card = hardware(CPU if on_cpu else names[0])
-    here = 1 if on_cpu or gpu is not None else max(1, len(names))
-    number = gpus or recipe.place.num_devices or here
-    if recipe.place.kind == "single" or ":" in device:
-        number = 1
+    if on_cpu:
+        with suppress(ConfigError):  # a processor has a row once it was measured
+            card = hardware(CPU)
+    elif names:
+        # A card that the table does not know is planned for without a speed, unless a person named
+        # it.
+        with nullcontext() if gpu is not None else suppress(ConfigError):
+            card = min(map(hardware, names), key=lambda row: (row.memory_bytes, row.matmul_flops))
     return Where(
         architecture=shape,
         hardware=card,
@@ -57,6 +56,31 @@ def where(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) ->
         devices=Devices(per_machine=number),
         is_here=gpu is None,
     )
+
+
+def limited_by(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> str | None:
+    """A line about the card that limits the others of a run; None where they are equal."""
+    names, _, _ = _asked(recipe, gpu=gpu, gpus=gpus)
+    cards = []
+    with suppress(ConfigError):
+        for row in map(hardware, names):
+            cards.append(Card(name=row.name, uuid="", total_bytes=row.memory_bytes))
+    return unequal(cards)
+
+
+def _asked(recipe: Recipe, *, gpu: str | None, gpus: int | None) -> tuple[Sequence[str], int, bool]:
+    """Names of the cards that a run would use, how many processes it has, and whether it runs on
+    the CPU."""
+    names: Sequence[str] = card_names() if gpu is None else (gpu,)
+    device = recipe.place.device
+    on_cpu = device == "cpu" or (device == "auto" and not names)
+    here = 1 if on_cpu or gpu is not None else max(1, len(names))
+    number = gpus or recipe.place.num_devices or here
+    if recipe.place.kind == "single" or ":" in device:
+        number = 1
+    index = device.partition(":")[2]
+    first = int(index) if gpu is None and index.isdecimal() and int(index) < len(names) else 0
+    return ([] if on_cpu else names[first : first + number]), number, on_cpu
 
 
 def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> Plan:
@@ -100,4 +124,7 @@ def show_plan(
 
     from nibble.spec.plan_text import render
 
-    Console().print(render(made))
+    console = Console()
+    console.print(render(made))
+    if (limited := limited_by(recipe, gpu=gpu, gpus=gpus)) is not None:
+        console.print(limited, markup=False, highlight=False)
