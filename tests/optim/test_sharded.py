@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import start
 from sharded_rows import CUTS, LAYERWISE, ROWS, SHAPES
 from torch import nn
 
@@ -24,29 +21,9 @@ WORLD = 2
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    running = []
-    for rank in range(WORLD):
-        environment = {
-            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR",
-        }  # fmt: skip
-        words = [sys.executable, str(Path(__file__).with_name("sharded_worker.py")), str(folder)]
-        running.append(
-            subprocess.Popen(
-                words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
+    worker = Path(__file__).with_name("sharded_worker.py")
+    for code, output in start(worker, folder, world=WORLD, timeout_s=120):
+        assert code == 0, output[-3000:]
     return [torch.load(folder / f"sharded-{rank}.pt") for rank in range(WORLD)]
 
 

@@ -48,7 +48,7 @@ def start(
 def _started(words: list[str], outputs: list[IO[str]]) -> list[subprocess.Popen[str]]:
     """A process for each output."""
     port, world = free_port(), len(outputs)
-    here = Path(__file__).parent
+    here = Path(words[0]).parent
     running = []
     for rank, output in enumerate(outputs):
         environment = {
