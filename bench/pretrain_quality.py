@@ -11,11 +11,11 @@ held-out ones first). `speed` measures one row at several batch sizes, with and 
 
 `table` is the protocol, the same for every row: learning rates sqrt(10) apart around the row's
 guess with --tune-tokens each, and one beyond the best while the best is at an edge, up to
---max-tries; then one run with --tokens. Its rate is where a parabola through the best three has its
-least loss (at most half a step from the best), times (tune tokens / tokens) ** --horizon: longer
-runs want smaller rates, by a power of 0.32 (Bjorck et al., arXiv 2409.19913). At the end more seeds
-of --seeded rows. Rates warm up over a tenth and end at a tenth (cosine); seeds fix weights, order
-and noise.
+--max-tries; then a run with --tokens for each of --horizons. Its rate is where a parabola through
+the best three has its least loss (at most half a step from the best), times (tune tokens / tokens)
+** horizon: longer runs want smaller rates, AdamW's by a power of 0.32 (Bjorck et al., arXiv
+2409.19913), others perhaps by none. At the end more seeds of --seeded rows at the better horizon.
+Rates warm up over a tenth and end at a tenth (cosine); seeds fix weights, order and noise.
 
 One process a card runs one job after another. Each finished run is a line of --results at once, and
 what is there already is never run again: a later call goes on, with more rows, seeds or tokens. No
@@ -54,13 +54,16 @@ EXTRA = ("q-galore", "adafactor", "low-rank")
 
 
 class Job(NamedTuple):
-    """One run of the table. `place`: half decades from the row's guess, None for a long run."""
+    """One run of the table. `place`: half decades from the row's guess, None for a long run, which
+    has a `horizon` instead.
+    """
 
     row: str
     place: int | None
     rate: float
     seed: int
     tokens: int
+    horizon: float | None = None
 
 
 # ---------------------------------------------------------------- what there is to do
@@ -85,15 +88,15 @@ class Table:
         for row in rows:
             if row not in EXTRA:
                 yield from self._searches(row)
-                yield from self._long(row, seed=0)
+                yield from self._first_long(row)
         for seed in range(1, self.options.seeds):
             for row in rows:
                 if row in self.options.seeded:
-                    yield from self._long(row, seed=seed)
+                    yield from self._long(row, seed=seed, horizon=self.best_horizon(row))
         for row in rows:
             if row in EXTRA:
                 yield from self._searches(row)
-                yield from self._long(row, seed=0)
+                yield from self._first_long(row)
 
     def _searches(self, row: str) -> Iterator[Job]:
         from pretrain_rows import ROWS
@@ -127,13 +130,27 @@ class Table:
                 found.setdefault(job.place, math.inf)
         return found
 
-    def _long(self, row: str, *, seed: int) -> Iterator[Job]:
-        rate = self.best_rate(row)
-        if rate is not None:
-            yield Job(row, None, rate, seed, int(self.options.tokens))
+    def _first_long(self, row: str) -> Iterator[Job]:
+        for horizon in self.options.horizons:
+            yield from self._long(row, seed=0, horizon=horizon)
 
-    def best_rate(self, row: str) -> float | None:
-        """The rate of the long run; None before the search has ended, or where nothing worked."""
+    def _long(self, row: str, *, seed: int, horizon: float | None) -> Iterator[Job]:
+        rate = None if horizon is None else self.best_rate(row, horizon)
+        if rate is not None:
+            yield Job(row, None, rate, seed, int(self.options.tokens), horizon)
+
+    def best_horizon(self, row: str) -> float | None:
+        """That of the row's better first run; None until all of these are done."""
+        found = {}
+        for job in self._first_long(row):
+            line = self.line(job)
+            if line is None:
+                return None
+            found[job.horizon] = line.get("perplexity") or math.inf
+        return min(found, key=lambda horizon: found[horizon], default=None)
+
+    def best_rate(self, row: str, horizon: float) -> float | None:
+        """The rate of a long run; None before the search has ended, or where nothing worked."""
         from pretrain_rows import ROWS
 
         found, places = self._tried(row), self._places(row)
@@ -148,12 +165,14 @@ class Table:
             bend = low - 2 * found[best] + high
             at += max(-0.5, min(0.5, (low - high) / (2 * bend))) if bend > 0 else 0.0
         longer = self.options.tokens / self.options.tune_tokens
-        return _round(ROWS[row][0] * 10 ** (at / 2) * longer**-self.options.horizon)
+        return _round(ROWS[row][0] * 10 ** (at / 2) * longer**-horizon)
 
     def line(self, job: Job) -> dict[str, Any] | None:
         """What a finished run measured."""
         for line in self.results:
-            same = all(line[key] == getattr(job, key) for key in ("row", "place", "seed"))
+            same = all(
+                line[key] == getattr(job, key) for key in ("row", "place", "seed", "horizon")
+            )
             if same and line["asked_tokens"] == job.tokens and self._is_ours(line):
                 return line
         return None
@@ -179,11 +198,11 @@ class Table:
         known = list(self.ready())
         total = sum(self.seconds(job) for job in known)
         for row in self.options.rows:
-            if self.best_rate(row) is None:
-                job = Job(row, None, 0.0, 0, int(self.options.tokens))
-                total += self.seconds(job)
-                if row in self.options.seeded:
-                    total += self.seconds(job) * (self.options.seeds - 1)
+            each = self.seconds(Job(row, None, 0.0, 0, int(self.options.tokens)))
+            if self.best_rate(row, 0.0) is None:
+                total += each * len(self.options.horizons)
+            if row in self.options.seeded and self.best_horizon(row) is None:
+                total += each * (self.options.seeds - 1)
         return total
 
 
@@ -457,14 +476,15 @@ def _read_packed(path: Path) -> tuple[dict[str, int], np.ndarray]:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print the table of the long runs: one line a row and number of tokens, over its seeds."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """Print the table of the long runs: a line a row, tokens and rate, over its seeds."""
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for line in _read(Path(options.results)):
         if line["place"] is None and not line.get("failed"):
-            groups.setdefault((line["row"], line["asked_tokens"]), []).append(line)
+            key = (line["row"], line["asked_tokens"], line["rate"])
+            groups.setdefault(key, []).append(line)
     print("| row | tokens | rate | rank | perplexity | optimiser MiB | peak GiB | tokens/s |")
     print("|---|---|---|---|---|---|---|---|")
-    for (row, tokens), lines in groups.items():
+    for (row, tokens, rate), lines in groups.items():
         found = [line["perplexity"] for line in lines if line["perplexity"]]
         text = "diverged"
         if found:
@@ -473,7 +493,7 @@ def show(options: argparse.Namespace) -> None:
                 text += f" ({', '.join(f'{value:.2f}' for value in found)})"
         one = lines[-1]
         print(
-            f"| {row} | {tokens / 1e6:.0f} M | {one['rate']:g} | {one['row_rank'] or '-'} | "
+            f"| {row} | {tokens / 1e6:.0f} M | {rate:g} | {one['row_rank'] or '-'} | "
             f"{text} | {one['optimizer_mib']:.0f} | {one['reserved_gib'] or '-'} | "
             f"{statistics.median(line['tokens_per_s'] for line in lines):,.0f} |"
         )
@@ -517,7 +537,7 @@ def main() -> None:
         part.add_argument("--limit-s", type=float, default=math.inf)
         part.add_argument("--tokens", type=float, default=200e6, help="of a long run")
         part.add_argument("--tune-tokens", type=float, default=8e6, help="of a rate that is tried")
-        part.add_argument("--horizon", type=float, default=0.32)
+        part.add_argument("--horizons", default="0.32,0", help="powers, with commas")
         part.add_argument("--max-tries", type=int, default=5)
         part.add_argument("--seeds", type=int, default=3)
         part.add_argument("--seeded", default="galore-svd,galore-randomised,adamw")
@@ -538,6 +558,7 @@ def main() -> None:
         options.rows = names
         if options.command == "table":
             options.seeded = options.seeded.split(",")
+            options.horizons = [float(power) for power in options.horizons.split(",")]
     options.handler(options)
 
 

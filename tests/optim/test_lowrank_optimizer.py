@@ -216,7 +216,10 @@ def _group(name: str, **more: Any) -> dict[str, Any]:
 def reference(
     weight: Tensor, *, row: dict[str, Any], index: int, steps: int, gap: int, lr: float
 ) -> Tensor:
-    """The papers' equations with whole matrices in float64, AdamW, one matrix."""
+    """The papers' equations with whole matrices in float64, AdamW, one matrix.
+
+    Where Fira's scale goes its paper does not say; its authors' code scales the projected part.
+    """
     weight = weight.detach().double().clone()
     rows, columns = weight.shape
     flip = rows >= columns  # the smaller side is projected: work on the transpose if it is n
@@ -238,18 +241,19 @@ def reference(
         ratio = update.norm(dim=0) / small.norm(dim=0)
         if residual == "tensor":
             ratio = update.norm() / small.norm()
-        rest = ratio * (grad if residual != "fira" else grad - basis @ small)
+        scale = row.get("scale", 1.0)
+        rest = ratio * (grad - scale * (basis @ small) if residual == "fira" else scale * grad)
         if last and rest.norm() > 1.01 * last:
             rest = rest * 1.01 * last / rest.norm()
         last = rest.norm().item()
         whole = {
-            "none": basis @ update,
-            "fira": basis @ update + rest,
+            "none": scale * (basis @ update),
+            "fira": scale * (basis @ update) + rest,
             "channel": rest,
             "tensor": rest,
         }[residual]
         whole = whole.T if flip else whole
-        weight = (1 - lr * 0.1) * weight - lr * row.get("scale", 1.0) * whole
+        weight = (1 - lr * 0.1) * weight - lr * whole
     return weight
 
 

@@ -21,10 +21,12 @@ What a rule answers to R is U. The whole step is written with a small matrix and
 
     update = scale * (back(X) + f o G)
     none     X = U               f = 0
-    fira     X = U - c phi o R   f = c phi      phi_j = |U_j| / |R_j|          (arXiv 2410.01623)
-    channel  X = 0               f = c phi      phi as in fira                 (arXiv 2412.05270)
-    tensor   X = 0               f = c phi      phi = |U| / |R|                (the same)
+    fira     X = U - c phi o R   f = c phi / scale   phi_j = |U_j| / |R_j|     (arXiv 2410.01623)
+    channel  X = 0               f = c phi           phi as in fira            (arXiv 2412.05270)
+    tensor   X = 0               f = c phi           phi = |U| / |R|           (the same)
 
+Fira's scale is of the projected part alone, scale back(U) + c phi o (G - scale back(R)): so its
+authors' code computes what they published, and a quarter of the rest is hardly more than GaLore.
 Channels run along the side that is not projected; c <= 1 holds the norm of the part that was not
 projected to `norm_growth` times that of the step before. Stored bases may be int8 or int4, two
 codes a byte.

@@ -220,6 +220,7 @@ def _whole_update(piece: ProjectedPiece, update: Tensor, small_grad: Tensor) -> 
     rest = None
     if low.residual == "fira":
         rest = factor * small_grad
+        factor = factor / low.scale  # which multiplies the whole, and is meant for the basis alone
     if low.keeps_norm:
         negative = None if rest is None else (-rest).to(grad.dtype)
         unlimited = _Whole(small=negative, bases=bases, factor=factor, matrix=matrix)

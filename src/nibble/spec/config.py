@@ -206,7 +206,7 @@ class Optim(Section):
     refresh_every: int | None = Field(default=None, ge=1)
     """Steps between new bases (default 200)."""
     scale: float | None = Field(default=None, gt=0)
-    """Multiplies the projected updates (galore, q-galore, fira 0.25)."""
+    """Multiplies projected updates (galore, q-galore, fira 0.25, whose rest it leaves alone)."""
     side: Literal["std", "reverse_std", "left", "right", "full"] | None = None
     """Which side of a matrix is projected: std the smaller, reverse_std the larger."""
     basis: Literal["svd", "randomised", "random", "seeded"] | None = None

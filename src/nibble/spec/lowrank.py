@@ -9,7 +9,7 @@ answer U comes back as P U. Four values compose a method, each a small table:
                    seeded       Gaussian, made anew in every step, never stored (arXiv 2412.05270)
     rule, codec    spec/state.py: any rule, any codec of its state
     residual       none         scale * back(U)                                          GaLore
-                   fira         + the rest of G, scaled by |U_j| / |R_j| a channel       Fira
+                   fira         + the rest of G, by |U_j| / |R_j| a channel, unscaled    Fira
                    channel      G itself, scaled by |U_j| / |R_j| a channel              APOLLO
                    tensor       G itself, scaled by |U| / |R|                            APOLLO-Mini
 
