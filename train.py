@@ -35,4 +35,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from nibble.launch.leaving import leave
+
+    sys.exit(leave(main(sys.argv[1:])))

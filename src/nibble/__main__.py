@@ -2,7 +2,7 @@
 
 import sys
 
-from nibble.cli import main
+from nibble.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -46,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run() -> int:
+    """What the command `nibble` is: `main`, and the end of the process where it needs care."""
+    from nibble.launch.leaving import leave
+
+    return leave(main())
+
+
 def explain(error: Exception) -> str | None:
     """One line for what is not a bug: nibble's own errors, a full disk, a closed pipe."""
     if isinstance(error, NibbleError):

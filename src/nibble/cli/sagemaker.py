@@ -140,4 +140,6 @@ def export_model(task: Task, environment: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from nibble.launch.leaving import leave
+
+    sys.exit(leave(main()))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nibble.cli import explain
 from nibble.errors import NibbleError
+from nibble.launch.leaving import leave
 from nibble.launch.processes import INTERRUPTED, end_with_parent, report_error
 from nibble.launch.supervise import read_job
 from nibble.spec.config import Recipe
@@ -40,4 +41,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(leave(main(sys.argv[1])))
