@@ -9,15 +9,18 @@ Each row is trained in this process by the functions that `nibble train` runs: a
 with random weights, its placement, optimiser and loss; four steps and an evaluation. Then all of it
 is freed, which is checked. Peaks are torch's own of each phase; what the allocator had reserved is
 compared with the plan without the CUDA context, which is measured once. A step's time is the median
-of the last two. Host memory is the process's own peak over what it was before the row.
+of those that follow, TIMED_S of them. Host memory is the process's own peak over what it was before
+the row. The card's row in the user's file is the machine's, so calibrate it first.
 
 One JSON line a row. `report` makes the table of errors from such files, rows that calibrated the
-plan and rows held out apart; --again plans them anew with the code as it is now.
+plan and rows held out apart; --again plans them anew with the code as it is now, each for the card
+as it was known to the file's first line.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -62,6 +65,7 @@ from nibble.use.objective import held_out_loss, objective
 
 NUM_SCHEDULED_STEPS = 1000
 NUM_STEPS = 4
+TIMED_S, MAX_TIMED = 0.5, 20
 POOL_NUMEL = 1 << 26
 """Random numbers that all weights are views of: 128 MiB."""
 NUM_DOCUMENTS = 4
@@ -120,6 +124,8 @@ def _about(device: torch.device) -> dict[str, Any]:
     words: dict[str, Any] = {"bench": "about", "host_bytes": _resident_bytes()}
     if device.type == "cuda":
         words |= _about_card(device)
+        card = _card(device)
+        words["hardware"] = None if card is None else dataclasses.asdict(card)
     return {
         **words,
         "versions": gather_versions(seed=0) | {"command": None},
@@ -219,10 +225,14 @@ def plan_words(made: Plan) -> dict[str, Any]:
     }
 
 
-def planned_again(row: Row, card: str | None) -> dict[str, Any]:
+def planned_again(row: Row, about: dict[str, Any]) -> dict[str, Any]:
     """The plan of a row by the code as it is, for the card that measured it."""
     recipe = _recipe(row, "model", is_tiny=False)
-    known = None if card is None else hardware(card)
+    known = None
+    if about.get("hardware"):
+        known = Hardware(**about["hardware"])
+    elif about.get("device"):
+        known = hardware(about["device"])
     made = plan(recipe, architecture=from_config(row.config()), hardware=known, on_cpu=False)
     return plan_words(made)
 
@@ -268,6 +278,8 @@ def _measured(
         held_out_loss(assembly.model, next(steps), place=place, objective=run.objective)
         memory["evaluation"] = _peaks(device, base)
         loss = float(run.last_loss or 0.0)
+        place.reset_memory(keep_cache=True)
+        walls += _more_walls(run, steps, device)
     finally:
         place.close()
     return {
@@ -276,7 +288,8 @@ def _measured(
         "allocated_bytes": max(phase["allocated_bytes"] for phase in memory.values()),
         "host_bytes": _peak_resident_bytes(),
         "host_before_bytes": host,
-        "step_s": statistics.median(walls[-2:]),
+        "step_s": statistics.median(walls[NUM_STEPS + 1 :] or walls[-2:]),
+        "launch_us": round(_launch_us(device), 2),
         "parts": parts,
         "walls_s": [round(wall, 5) for wall in walls],
         "build_s": round(build_s, 2),
@@ -368,6 +381,27 @@ def _timed(run: _Run, steps: Iterator[list[Batch]], device: torch.device) -> flo
     wall = time.perf_counter() - began
     run.last_loss = float(result.loss)
     return wall
+
+
+def _more_walls(run: _Run, steps: Iterator[list[Batch]], device: torch.device) -> list[float]:
+    """Of steps for TIMED_S; the first of several is not one of them, as evaluation went before."""
+    first = _timed(run, steps, device)
+    number = min(MAX_TIMED, int(TIMED_S / max(first, 1e-6)))
+    return [first, *(_timed(run, steps, device) for _ in range(number))]
+
+
+def _launch_us(device: torch.device) -> float:
+    """Of the smallest kernel: whether the host was as fast as when it was calibrated."""
+    small = torch.zeros(64, device=device)
+    times = []
+    for _ in range(4):
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(250):
+            small.add_(1.0)
+        times.append(time.perf_counter() - began)
+    _wait(device)
+    return min(times) / 250 * 1e6
 
 
 @contextmanager

@@ -21,7 +21,7 @@ SMALL = Sizes(
     ffn=256,
     copy_bytes=1 << 20,
     pinned_bytes=1 << 20,
-    num_launches=500,
+    num_operations=500,
     seconds=0.05,
 )
 CPU = torch.device("cpu")

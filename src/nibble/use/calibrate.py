@@ -7,13 +7,12 @@
     memory       a copy within device memory, bytes read and written over its time
     bus          pinned copies to and from the device, the slower of the two
     link         a copy from one card to the next, where there are two
-    launch       host time of one small kernel's launch, while the device lags behind, times
-                 STEP_LAUNCHES: what a kernel of a step costs
+    launch       host time of a step of a small model over its planned launches (host_rate.py)
 
 On a CPU the bus is memory itself, and a launch is the time of one small operation.
 
-Nothing else may use the card meanwhile. It costs some five seconds, 2 GiB of device memory and half
-a GiB of pinned memory; it trains nothing, and says nothing of a particular model.
+Nothing else may use the card meanwhile. It costs some ten seconds, 2 GiB of device memory and half
+a GiB of pinned memory, and says nothing of a particular model.
 """
 
 from __future__ import annotations
@@ -38,9 +37,6 @@ from nibble.use.machine import host_memory
 from nibble.weights.files import atomic
 
 SOURCE = "measured by nibble"
-STEP_LAUNCHES = 1.6
-"""Host time of a step's kernel, with its share of Python and autograd, over that of the smallest
-launch: the 10.5 us that fit steps measured on H200s over the 6.55 us that such a machine gave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +48,13 @@ class Sizes:
     ffn: int = 14336
     copy_bytes: int = 1 << 30
     pinned_bytes: int = 1 << 28
-    num_launches: int = 2000
+    num_steps: int = 40
+    num_operations: int = 5000
     seconds: float = 2.5
     """Of the 16-bit products; all else takes a fifth of it."""
 
 
-ON_CPU = Sizes(
-    tokens=512, hidden=1024, ffn=2816, copy_bytes=1 << 27, num_launches=5000, seconds=1.0
-)
+ON_CPU = Sizes(tokens=512, hidden=1024, ffn=2816, copy_bytes=1 << 27, seconds=1.0)
 """A processor is a hundred times as slow."""
 
 
@@ -151,7 +146,7 @@ def measure(device: torch.device, *, sizes: Sizes | None = None) -> Rates:
         to_device_gbs=(2 if on_cpu else 1) * to_device / 1e9,
         from_device_gbs=(2 if on_cpu else 1) * from_device / 1e9,
         link_gbs=_link_rate(device, short),
-        launch_us=_launch_s(device, sizes) * 1e6,
+        launch_us=(_operation_s(sizes) if on_cpu else _launch_s(device, sizes)) * 1e6,
     )
 
 
@@ -236,18 +231,24 @@ def _link_rate(device: torch.device, sizes: Sizes) -> float | None:
 
 
 def _launch_s(device: torch.device, sizes: Sizes) -> float:
-    """Host seconds of one kernel; the least of some series, the others were disturbed."""
-    small = torch.zeros(64, device=device)
+    """Host seconds of a step's kernel."""
+    from nibble.use.host_rate import seconds_per_launch
+
+    precision = "bf16" if _narrow(device) == torch.bfloat16 else "fp16"
+    word = device.type if device.index is None else f"{device.type}:{device.index}"
+    return seconds_per_launch(word, precision=precision, steps=sizes.num_steps)
+
+
+def _operation_s(sizes: Sizes) -> float:
+    """Seconds of one small operation; the least of some series, the others were disturbed."""
+    small = torch.zeros(64)
     times = []
     for _ in range(5):
-        _wait(device)
         start = time.perf_counter()
-        for _ in range(max(1, sizes.num_launches // 5)):
+        for _ in range(max(1, sizes.num_operations // 5)):
             small.add_(1.0)
         times.append(time.perf_counter() - start)
-    _wait(device)
-    least = min(times) / max(1, sizes.num_launches // 5)
-    return least if device.type == "cpu" else STEP_LAUNCHES * least
+    return min(times) / max(1, sizes.num_operations // 5)
 
 
 def _seconds(action: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
