@@ -267,7 +267,7 @@ def test_an_update_behind_blocks_that_wait_for_the_host_comes_on_top() -> None:
 def test_updates_in_backward_hide_behind_it() -> None:
     after = speed_of(galore(4, 0.0, layerwise=False))
     within = speed_of(galore(4, 0.0))
-    assert within.update.launch_s == after.update.launch_s
+    assert within.update.launch_s > after.update.launch_s  # one by one, not by shapes
     assert within.step_s == pytest.approx(within.launches_s)
     assert after.step_s > after.launches_s
 

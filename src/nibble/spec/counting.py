@@ -10,8 +10,8 @@
     host       Python's time for a block by what it is built of, for a pass, for each trained tensor
 
 Host times are in bare launches (`Hardware.launch_s`), as a slow host is slow at all of it. The
-constants were fitted on one H200 to the rows of bench/plan_rows.py that calibrate, and to steps of
-whole models (tests/spec/test_speed.py). When stages wait for each other is `speed.py`.
+constants were fitted on one H200 to the rows of bench/plan_rows.py that calibrate, to steps of
+whole models (tests/spec/test_speed.py), and to the small model that a machine is calibrated with. When stages wait for each other is `speed.py`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from nibble.spec.state import rule_and_codec
 FUSED_TRAFFIC, UNFUSED_TRAFFIC = (1.75, 2.5), (8.0, 9.0)
 """Bytes moved forward and backward for each byte that a block keeps, on the fast paths and on
 transformers' own layers; recomputation moves those of forward again."""
-LOGITS_TRAFFIC, CAPPED_LOGITS_TRAFFIC = 10.0, 160.0
+LOGITS_TRAFFIC, CAPPED_LOGITS_TRAFFIC = 13.0, 180.0
 """Bytes moved for each logit, both ways; a soft cap has some fifteen passes in fp32."""
-ATTENTION_RATE_SHARE = 0.66
+ATTENTION_RATE_SHARE = 0.74
 """Of the rate of products, that fused attention reaches."""
 INT8_RATE_SHARE = 1.4
 """Of the 16-bit rate, that int8 products reach with what surrounds them. Outliers are not planned:
 they are a matter of weights, and mostly few."""
-UPDATE_BANDWIDTH_SHARE, CODED_BANDWIDTH_SHARE = 0.72, 0.42
+UPDATE_BANDWIDTH_SHARE, CODED_BANDWIDTH_SHARE = 0.66, 0.43
 """Of the bandwidth, that updates reach, and those that decode and encode 8-bit states."""
 UPDATE_TRAFFIC, LISTED_TRAFFIC = 8.0, 54.0
 """Bytes moved for each trained number beside weight, gradient and state: its update in fp32, which
@@ -46,20 +46,23 @@ is written and read; more in rules without a kernel, which go by lists, operatio
 RULES_WITH_KERNELS = ("adamw",)
 REFRESH_PRODUCTS = {"svd": 5800.0, "randomised": 38.0, "random": 38.0, "seeded": 0.0}
 """A new basis, in projections of its matrix: 231 and 1.54 s against 40 ms (7B, rank 1024)."""
-HOST_FUSED, HOST_UNFUSED = 54.0, 107.0
+HOST_FUSED, HOST_UNFUSED = 65.0, 160.0
 """Of a block forward, on the fast paths and on transformers' own layers."""
-HOST_NORM, HOST_EXPERT = 6.5, 5.8
+HOST_NORM, HOST_EXPERT = 8.6, 1.5
 """More for each norm beyond the usual two, and for each expert."""
-HOST_DORA, HOST_PACKED, HOST_INT8 = 15.0, 1.0, 4.0
+HOST_DORA, HOST_PACKED, HOST_INT8 = 30.0, 3.1, 4.0
 """More for each linear: with DoRA; packed; int8."""
 HOST_GATHERED = 28.0
 """More for each linear of a sharded block, for its collectives and copies."""
-HOST_BACKWARD, HOST_AGAIN = 0.7, 3.9
+HOST_BACKWARD, HOST_AGAIN = 1.1, 3.0
 """Of a block's backward and of computing it again with checkpointing's hooks, over its forward.
 Whole steps tell apart what is computed again, but not forward from backward."""
-HOST_TRAINED, HOST_UPDATE, HOST_PROJECTED = 14.2, 3.0, 65.0
-"""Of a trained tensor in backward, in its update, and in one that is projected."""
-HOST_PASS, HOST_STEP = 230.0, 108.0
+HOST_ADAPTER, HOST_MATRIX, HOST_VECTOR, HOST_UPDATE = 14.8, 12.1, 2.5, 3.1
+"""Of a tensor of an adapter in backward, of another that is trained, and of any one's update."""
+HOST_PROJECTED, HOST_RESIDUAL, HOST_LAYERWISE, HOST_IN_BACKWARD = 20.0, 84.0, 52.0, 100.0
+"""More for each projected matrix: in its update, in one with a residual, layer by layer, and
+updated in backward."""
+HOST_PASS, HOST_STEP = 300.0, 105.0
 """Once a pass (embedding, loss) and once a step (clipping, schedule)."""
 KERNELS_FUSED, KERNELS_UNFUSED = (16.0, 4.0), (55.0, 6.0)
 """Kernels of a block in each direction, and more for each adapter, where passes are replayed."""
@@ -176,21 +179,31 @@ class Count:
         moved += (1.0 if optim.max_grad_norm is None else 3.0) * gradients
         each = UPDATE_TRAFFIC if rule in RULES_WITH_KERNELS else LISTED_TRAFFIC
         moved += each * stock.num_trainable
-        low, flops = low_rank(optim), 0.0
+        low, flops, projected = low_rank(optim), 0.0, 0
         if low is not None:
             refreshes = REFRESH_PRODUCTS[low.basis] / low.update_proj_gap
             for tensor in stock.trained:
                 if low.projects(tensor.shape):
                     rows, columns = matrix_shape(tensor.shape)
                     flops += 4.0 * rows * columns * low.rank * (1.0 + refreshes)
+                    projected += 1
         part = min(1.0, self.held.optimizer_state / max(1, stock.optimizer_bytes) or 1.0)
         share = CODED_BANDWIDTH_SHARE if codec == "8bit" else UPDATE_BANDWIDTH_SHARE
-        each = HOST_UPDATE if low is None else HOST_PROJECTED
+        launches = HOST_STEP + HOST_UPDATE * len(stock.trained) + projected * self._host_projected()
         return Stage(
             products_s=part * flops / hardware.rate(self.recipe.train.precision),
             memory_s=part * moved / (share * hardware.bandwidth_bytes),
-            launch_s=(HOST_STEP + each * len(stock.trained)) * hardware.launch_s,
+            launch_s=launches * hardware.launch_s,
         )
+
+    def _host_projected(self) -> float:
+        """More for each projected matrix, in bare launches."""
+        low = low_rank(self.recipe.optim)
+        if low is None:
+            return 0.0
+        if self.recipe.optim.layerwise:
+            return HOST_IN_BACKWARD if self.recipe.optim.in_backward else HOST_LAYERWISE
+        return HOST_PROJECTED if low.residual == "none" else HOST_RESIDUAL
 
     def launches(self, stage: str) -> float:
         """What forward or backward of one pass takes the host, in bare launches."""
@@ -208,7 +221,11 @@ class Count:
             return blocks + HOST_PASS
         live = blocks * (1.0 - stock.num_idle / max(1, layers))
         times = HOST_BACKWARD + HOST_AGAIN * self.blocks.again_share
-        return times * live + HOST_TRAINED * len(stock.trained)
+        low_factors = len(stock.adapted) * (3 if self.work.dora else 2)
+        vectors = sum(len(tensor.shape) < 2 for tensor in stock.trained)
+        matrices = len(stock.trained) - low_factors - vectors
+        own = HOST_ADAPTER * low_factors + HOST_MATRIX * matrices + HOST_VECTOR * vectors
+        return times * live + own
 
     def kernels(self) -> float:
         """Kernels of one pass, as a graph replays them."""

@@ -71,6 +71,11 @@ BLAS_BYTES = 65 << 20
 they are the allocator's."""
 PROCESS_BYTES = int(1.7 * GIB)
 """Resident size of Python with torch, transformers and CUDA's libraries, behind its first step."""
+LOADING_PROCESS_BYTES = int(0.95 * GIB)
+"""The same before its first step: a GPU's libraries are read as they are needed."""
+IN_FLIGHT, IN_FLIGHT_PACKED = 1.0, 1.25
+"""Of the largest tensor in 16 bits, that is in host memory while weights are read, and while they
+are packed, or packed ones read, on their way (bench/host_error.py)."""
 MERGE_BYTES_PER_WEIGHT = 14
 """A matrix in fp32, its update, their sum, and what is written (`nn/adapters.py`)."""
 
@@ -214,16 +219,18 @@ def phase(name: str, run: Run) -> Phase:
         gaps = int(ALLOCATOR_SHARE * (sum(device.values()) - device["allocator"]))
         device["allocator"] += gaps + ALLOCATOR_BYTES + BLAS_BYTES
         device["cuda_context"] = CUDA_CONTEXT_BYTES
+    process = LOADING_PROCESS_BYTES if name == "load" and not run.on_cpu else PROCESS_BYTES
     stepping = name in ("first step", "steady step", "evaluation", "save")  # the pool stays
     host = {
-        "process": PROCESS_BYTES * share.num_processes,
+        "process": process * share.num_processes,
         "streamed_base": share.streamed,
         "offloaded_activations": run.seen.blocks.host * share.num_processes if stepping else 0,
         "tensor_in_flight": 0,
         "checkpoint_copy": 0,
     }
     if name == "load":
-        host["tensor_in_flight"] = 2 * stock.largest_tensor * share.num_processes
+        times = IN_FLIGHT_PACKED if stock.num_packed else IN_FLIGHT
+        host["tensor_in_flight"] = int(2 * times * stock.largest_tensor) * share.num_processes
     if name == MERGE:
         host |= {"process": PROCESS_BYTES, "streamed_base": 0}
         host |= {"tensor_in_flight": 2 * stock.largest_tensor, "trained_copy": stock.trained_bytes}
@@ -262,6 +269,7 @@ def _step_moments(run: Run) -> _Moments:
             "activations_kept": seen.outside + seen.copies + blocks.forward_ends,
             "logits": seen.loss.chunk + seen.loss.head + seen.loss.head_copy + seen.loss.head_step,
             "gradients": grown.before,
+            "allocator": seen.loss.gaps,
         },
         "a block's forward": {
             "activations_kept": always + blocks.forward_ends,

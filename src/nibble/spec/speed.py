@@ -34,7 +34,7 @@ MATMUL, MEMORY, BUS, LAUNCHES = "matmul", "memory", "bus", "launches"
 """What a step can be limited by."""
 REPLAYED_S = 2e-6
 """From kernel to kernel of a graph, however small they are."""
-SYNCHRONISED_SHARE = 0.4
+SYNCHRONISED_SHARE = 0.2
 """Of the host's time, in which the device waits when each layer asks it for outliers (int8's eager
 steps; the kernels keep the answer on the device)."""
 
