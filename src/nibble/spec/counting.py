@@ -11,7 +11,8 @@
 
 Host times are in bare launches (`Hardware.launch_s`), as a slow host is slow at all of it. The
 constants were fitted on one H200 to the rows of bench/plan_rows.py that calibrate, to steps of
-whole models (tests/spec/test_speed.py), and to the small model that a machine is calibrated with. When stages wait for each other is `speed.py`.
+whole models (tests/spec/test_speed.py), and to the small model that a machine is calibrated with.
+When stages wait for each other is `speed.py`.
 """
 
 from __future__ import annotations
