@@ -306,8 +306,8 @@ def channel_ratios(updates: Tensor, grads: Tensor, *, dim: int) -> Tensor:
 def tensor_ratio(
     updates: Tensor, grads: Tensor, *, sum_: Callable[[Sequence[Tensor]], None] | None = None
 ) -> Tensor:
-    """|U| / |R| of whole tensors, a scalar; 0 where R is 0. `sum_` adds over their parts."""
-    norms = torch.stack([torch.linalg.vector_norm(updates), torch.linalg.vector_norm(grads)])
+    """|U| / |R| of whole matrices [..., r, n], [...]; 0 where R is 0. `sum_` adds over parts."""
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=(-2, -1)) for x in (updates, grads)])
     if sum_ is not None:
         norms.square_()
         sum_([norms])

@@ -27,6 +27,7 @@ from nibble.optim.noise import Address, Noise, noise_for
 from nibble.optim.projected_grad import ProjectedGrad
 from nibble.optim.projection import Bases, Projection
 from nibble.optim.refresh import Due, refresh_
+from nibble.optim.residuals import Matrix, Residual, residuals
 from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
 
 # Bytes of temporaries for each element of a small matrix (batches.py), and of a chunk of rows:
@@ -135,8 +136,16 @@ def step_projected_(
         lengths=[p.projection.part.shape[kind.dim] for p in batch if kind.dim is not None],
         dtype=kind.grad_dtype if plain else torch.float32,
     )
-    for piece, update, grad in zip(batch, updates, grads, strict=True):
-        whole = _whole_update(piece, update, grad)
+    rests: Sequence[Residual | None] = [None] * len(batch)
+    if not plain:
+        rests = residuals(
+            [
+                Matrix(piece.projection, piece.state, _matrix(piece), grad, update)
+                for piece, update, grad in zip(batch, updates, grads, strict=True)
+            ]
+        )
+    for piece, update, rest in zip(batch, updates, rests, strict=True):
+        whole = _whole(piece, update, rest)
         _move_by_rows_(piece, whole, group=group, noise=weight_noise)
 
 
@@ -187,55 +196,25 @@ class _Whole:
         factor = self.factor[rows] if self.factor.shape[0] > 1 else self.factor
         return Terms(update=update, grad=self.matrix[rows], factor=factor)
 
-    def norm(self, num_rows: int) -> Tensor:
-        """Norm of the whole sum, never held as one."""
-        parts = [
-            torch.linalg.vector_norm(self.rows(rows).total()) for rows in _chunks(self, num_rows)
-        ]
-        if not parts and self.matrix is not None:
-            return torch.zeros((), device=self.matrix.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
-        return norm
 
-
-def _whole_update(piece: ProjectedPiece, update: Tensor, small_grad: Tensor) -> _Whole:
-    """X and f of the piece's residual, for update U and projected gradient R."""
-    low, state = piece.projection.low, piece.state
+def _whole(piece: ProjectedPiece, update: Tensor, rest: Residual | None) -> _Whole:
+    """X and f of a piece, for update U and what its residual adds."""
     grad = piece.weight.grad
     assert grad is not None
+    small = update.to(grad.dtype) if rest is None else rest.small
     bases: Bases = (None, None)
-    if low.residual in ("none", "fira"):
-        bases = piece.projection.own_bases(state, dtype=grad.dtype)
-    if low.residual == "none":
-        return _Whole(small=update.to(grad.dtype), bases=bases, factor=None, matrix=None)
-    assert not isinstance(grad, ProjectedGrad), "a residual needs the whole gradient"
-    matrix = grad.reshape(piece.projection.matrix_shape)
-    if low.residual == "tensor":
-        cut = piece.projection.small_axis is not None
-        sum_ = piece.projection.part.sum_ if cut else None
-        factor = lowrank.tensor_ratio(update, small_grad, sum_=sum_).view(1, 1)
-    else:
-        dim = 0 if low.sides(piece.projection.shape) == ("left",) else 1
-        factor = lowrank.channel_ratios(update, small_grad, dim=dim)
-    rest = None
-    if low.residual == "fira":
-        rest = factor * small_grad
-        factor = factor / low.scale  # which multiplies the whole, and is meant for the basis alone
-    if low.keeps_norm:
-        negative = None if rest is None else (-rest).to(grad.dtype)
-        unlimited = _Whole(small=negative, bases=bases, factor=factor, matrix=matrix)
-        norm = unlimited.norm(matrix.shape[0])
-        if piece.projection.part.axis is not None:
-            square = norm.square()
-            piece.projection.part.sum_([square])
-            norm = square.sqrt()
-        previous = state["residual_norm"]
-        limit = lowrank.growth_factor(norm, previous, norm_growth=low.norm_growth)
-        previous.copy_(norm * limit)
-        factor = factor * limit
-        rest = None if rest is None else rest * limit
-    small = None if rest is None else (update - rest).to(grad.dtype)
-    return _Whole(small=small, bases=bases, factor=factor, matrix=matrix)
+    if small is not None:
+        bases = piece.projection.own_bases(piece.state, dtype=grad.dtype)
+    if rest is None:
+        return _Whole(small=small, bases=bases, factor=None, matrix=None)
+    return _Whole(small=small, bases=bases, factor=rest.factor, matrix=_matrix(piece))
+
+
+def _matrix(piece: ProjectedPiece) -> Tensor:
+    """The gradient as a matrix."""
+    grad = piece.weight.grad
+    assert grad is not None and not isinstance(grad, ProjectedGrad), "a residual needs the whole"
+    return grad.reshape(piece.projection.matrix_shape)
 
 
 def _chunks(whole: _Whole, num_rows: int, *, element_bytes: int = _ROW_BYTES) -> Iterator[slice]:
