@@ -14,7 +14,13 @@ from nibble.spec.compare import METHODS
 from nibble.use.calibrate import Sizes
 
 SMALL = Sizes(
-    tokens=32, hidden=64, ffn=64, copy_bytes=4096, pinned_bytes=4096, num_launches=50, seconds=0.01
+    tokens=32,
+    hidden=64,
+    ffn=64,
+    copy_bytes=4096,
+    pinned_bytes=4096,
+    num_operations=50,
+    seconds=0.01,
 )
 MODEL = ("plan", "--compare", "builtin:llama-60m", "--gpu", "rtx3060", "--tokens", "256")
 

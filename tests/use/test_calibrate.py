@@ -27,6 +27,10 @@ SMALL = Sizes(
 CPU = torch.device("cpu")
 
 
+def no_step(device: str, *, precision: str, steps: int) -> float:
+    raise AssertionError("a processor's launch is an operation")
+
+
 @pytest.fixture(autouse=True)
 def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -35,7 +39,7 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_rates_are_what_was_done_over_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_seconds", lambda action, device, sizes: 0.5)
-    rates = measure(CPU, sizes=SMALL)
+    rates = measure(CPU, step=no_step, sizes=SMALL)
     products = 2 * 64 * (128 * 128 + 2 * 128 * 256)
     assert rates.matmul_tflops == pytest.approx(products / 0.5 / 1e12)
     assert rates.fp32_tflops == pytest.approx(2 * 64 * 128 * 128 / 0.5 / 1e12)
@@ -50,14 +54,14 @@ def test_seconds_are_those_of_one_action() -> None:
 
 
 def test_the_processors_row_is_written_and_read(own_file: Path) -> None:
-    done = calibrate("cpu", sizes=SMALL)
+    done = calibrate("cpu", step=no_step, sizes=SMALL)
     assert done.before is None and done.key == "cpu" and done.file == own_file
     row = tomllib.loads(own_file.read_text())["cpu"]
     assert row["source"] == SOURCE and row["date"] == datetime.date.today()
     card = hardware("cpu")
     assert card == done.after and card.power_w is None
     assert card.matmul_flops == row["sustained_tflops"] * 1e12
-    again = calibrate("cpu", sizes=SMALL)
+    again = calibrate("cpu", step=no_step, sizes=SMALL)
     assert again.before == done.after
     assert list(tomllib.loads(own_file.read_text())) == ["cpu"]
 
@@ -107,6 +111,6 @@ def test_a_wrong_file_is_named_before_anything_is_measured(own_file: Path) -> No
     own_file.write_text("[x\n")
     before = time.perf_counter()
     with pytest.raises(ConfigError, match="not TOML"):
-        calibrate("cpu")
+        calibrate("cpu", step=no_step)
     assert time.perf_counter() - before < 0.5
     assert user_file().read_text() == "[x\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nibble.cli.host_rate import seconds_per_launch
 from nibble.spec.hardware import hardware
 from nibble.use.calibrate import calibrate, measure
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def test_a_card_is_measured_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     start = time.perf_counter()
-    done = calibrate("cuda")
+    done = calibrate("cuda", step=seconds_per_launch)
     assert time.perf_counter() - start < 30
     found = done.rates
     assert found.bandwidth_gbs > 2 * found.bus_gbs
@@ -32,7 +33,7 @@ def test_a_card_is_measured_in_seconds(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_measurements_agree() -> None:
-    first, second = (measure(torch.device("cuda", 0)) for _ in range(2))
+    first, second = (measure(torch.device("cuda", 0), step=seconds_per_launch) for _ in range(2))
     assert second.matmul_tflops == pytest.approx(first.matmul_tflops, rel=0.05)
     assert second.bandwidth_gbs == pytest.approx(first.bandwidth_gbs, rel=0.05)
     assert second.to_device_gbs == pytest.approx(first.to_device_gbs, rel=0.1)

@@ -24,7 +24,7 @@ def run(*, device: str | None = None, as_json: bool = False) -> None:
     """Measure, write, and show each rate before and after."""
     if not as_json:
         typer.echo("Measuring for some seconds; nothing else should use the machine meanwhile.")
-    done = calibrate(device)
+    done = calibrate(device, step=_step)
     if as_json:
         typer.echo(json.dumps(_values(done), indent=1))
         return
@@ -43,6 +43,13 @@ def run(*, device: str | None = None, as_json: bool = False) -> None:
         f"{rates.from_device_gbs:.3g} GB/s."
     )
     typer.echo(f"Written as [{done.key}] to {done.file}; plans of this machine use it from now on.")
+
+
+def _step(device: str, *, precision: str, steps: int) -> float:
+    """A processor needs no steps, and not what they import."""
+    from nibble.cli.host_rate import seconds_per_launch
+
+    return seconds_per_launch(device, precision=precision, steps=steps)
 
 
 def _shown(value: float | None, unit: float) -> str:

@@ -48,7 +48,7 @@ from nibble.place.streamed import (
     resident_positions,
 )
 from nibble.spec.config import Place
-from nibble.spec.phases import PROCESS_BYTES
+from nibble.spec.host_memory import PROCESS_BYTES
 from nibble.spec.units import GIB, parse_bytes
 from nibble.weights.stored import StoredTensors
 

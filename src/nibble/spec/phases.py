@@ -26,6 +26,7 @@ from nibble.spec.config import Recipe
 from nibble.spec.formats import DTYPE_BYTES
 from nibble.spec.graphs import UPDATE, beside_graphs, wish
 from nibble.spec.holdings import Holding
+from nibble.spec.host_memory import host_categories
 from nibble.spec.inventory import COMPUTE_DTYPE, Inventory
 from nibble.spec.units import GIB
 from nibble.spec.workspace import Loss, loss_bytes
@@ -47,15 +48,6 @@ CATEGORIES: dict[str, str] = {
     "cuda_context": "CUDA context",
 }
 """Categories of device memory and how they are called; a new one is a row here."""
-HOST_CATEGORIES: dict[str, str] = {
-    "process": "processes",
-    "streamed_base": "streamed weights",
-    "tensor_in_flight": "tensors being read",
-    "offloaded_activations": "activations",
-    "checkpoint_copy": "a tensor as written",
-    "trained_copy": "trained tensors",
-}
-"""Categories of host memory."""
 MERGE = "merge"
 PHASES = ("load", "first step", "steady step", "evaluation", "save", MERGE)
 """In the order of a run; `merge` is `nibble export`, a process of its own after it."""
@@ -69,13 +61,6 @@ unlike sizes, and the last segment of each kind. The same grid: 0.1 to 8 %, 3 in
 BLAS_BYTES = 65 << 20
 """Workspaces of cuBLAS for the thread that goes forward and the one that goes backward, on Hopper;
 they are the allocator's."""
-PROCESS_BYTES = int(1.7 * GIB)
-"""Resident size of Python with torch, transformers and CUDA's libraries, behind its first step."""
-LOADING_PROCESS_BYTES = int(0.95 * GIB)
-"""The same before its first step: a GPU's libraries are read as they are needed."""
-IN_FLIGHT, IN_FLIGHT_PACKED = 1.0, 1.25
-"""Of the largest tensor in 16 bits, that is in host memory while weights are read, and while they
-are packed, or packed ones read, on their way (bench/host_error.py)."""
 MERGE_BYTES_PER_WEIGHT = 14
 """A matrix in fp32, its update, their sum, and what is written (`nn/adapters.py`)."""
 
@@ -192,7 +177,7 @@ class Run:
 
 def phase(name: str, run: Run) -> Phase:
     """Bytes at the largest moment of the phase called `name`."""
-    stock, share = run.stock, run.held
+    share = run.held
     state = 0 if name == "load" else share.optimizer_state
     held = {
         "base_codes": share.base_codes,
@@ -219,25 +204,8 @@ def phase(name: str, run: Run) -> Phase:
         gaps = int(ALLOCATOR_SHARE * (sum(device.values()) - device["allocator"]))
         device["allocator"] += gaps + ALLOCATOR_BYTES + BLAS_BYTES
         device["cuda_context"] = CUDA_CONTEXT_BYTES
-    process = LOADING_PROCESS_BYTES if name == "load" and not run.on_cpu else PROCESS_BYTES
-    stepping = name in ("first step", "steady step", "evaluation", "save")  # the pool stays
-    host = {
-        "process": process * share.num_processes,
-        "streamed_base": share.streamed,
-        "offloaded_activations": run.seen.blocks.host * share.num_processes if stepping else 0,
-        "tensor_in_flight": 0,
-        "checkpoint_copy": 0,
-    }
-    if name == "load":
-        times = IN_FLIGHT_PACKED if stock.num_packed else IN_FLIGHT
-        host["tensor_in_flight"] = int(2 * times * stock.largest_tensor) * share.num_processes
-    if name == MERGE:
-        host |= {"process": PROCESS_BYTES, "streamed_base": 0}
-        host |= {"tensor_in_flight": 2 * stock.largest_tensor, "trained_copy": stock.trained_bytes}
-    if name == "save":
-        # Tensors are written one by one.
-        host["checkpoint_copy"] = 0 if run.on_cpu else stock.largest_trained_bytes
-    return Phase(name=name, moment=moment, device={k: v for k, v in device.items() if v}, host=host)
+    held_there = {category: size for category, size in device.items() if size}
+    return Phase(name=name, moment=moment, device=held_there, host=host_categories(name, run))
 
 
 _Moments = dict[str, dict[str, int]]

@@ -23,11 +23,11 @@ from nibble.spec.arch import Architecture
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import ONE_DEVICE, Devices, holding, placement_kind
+from nibble.spec.host_memory import HOST_CATEGORIES
 from nibble.spec.inventory import Inventory, inventory
 from nibble.spec.phases import (
     CATEGORIES,
     CUDA_CONTEXT_BYTES,
-    HOST_CATEGORIES,
     MERGE,
     PHASES,
     Pass,

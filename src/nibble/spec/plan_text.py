@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nibble.spec.holdings import placement_kind
-from nibble.spec.phases import CATEGORIES, HOST_CATEGORIES
+from nibble.spec.host_memory import HOST_CATEGORIES
+from nibble.spec.phases import CATEGORIES
 from nibble.spec.plan import Plan
 from nibble.spec.units import GIB, MIB, show_bytes
 

@@ -7,7 +7,7 @@
     memory       a copy within device memory, bytes read and written over its time
     bus          pinned copies to and from the device, the slower of the two
     link         a copy from one card to the next, where there are two
-    launch       host time of a step of a small model over its planned launches (host_rate.py)
+    launch       host time of a step of a small model over its planned launches (cli/host_rate.py)
 
 On a CPU the bus is memory itself, and a launch is the time of one small operation.
 
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ from nibble.use.machine import host_memory
 from nibble.weights.files import atomic
 
 SOURCE = "measured by nibble"
+
+
+class StepTimer(Protocol):
+    """Measures the host's seconds for a bare launch of a plan."""
+
+    def __call__(self, device: str, *, precision: str, steps: int) -> float:
+        """By `steps` steps of a small model on `device` (cuda, cuda:1), in bf16 or fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +110,11 @@ class Calibration:
 
 
 def calibrate(
-    device: torch.device | str | None = None, *, sizes: Sizes | None = None
+    device: torch.device | str | None = None, *, step: StepTimer, sizes: Sizes | None = None
 ) -> Calibration:
     """Measure a device (default: the first card, or the processor) and write the user's row of it.
 
+    `step` times a card's launches by steps of a model, which are of a higher floor than this.
     Raises PlacementError when the device's memory is taken, ConfigError for a user's file that
     cannot be read, changed or written.
     """
@@ -115,7 +124,7 @@ def calibrate(
     known()  # a wrong file is said before anything is measured
     before = _row_of(_name(place), on_cpu=place.type == "cpu")
     try:
-        found = measure(place, sizes=sizes)
+        found = measure(place, step=step, sizes=sizes)
     except torch.OutOfMemoryError:
         raise PlacementError(
             f"{place} has too little free memory to be measured: end what else runs on it"
@@ -125,7 +134,7 @@ def calibrate(
     return Calibration(key=key, before=before, after=hardware(key), rates=found, file=file)
 
 
-def measure(device: torch.device, *, sizes: Sizes | None = None) -> Rates:
+def measure(device: torch.device, *, step: StepTimer, sizes: Sizes | None = None) -> Rates:
     """The rates of one device; `sizes`: how much to measure, by default what takes seconds."""
     on_cpu = device.type == "cpu"
     if sizes is None:
@@ -146,7 +155,7 @@ def measure(device: torch.device, *, sizes: Sizes | None = None) -> Rates:
         to_device_gbs=(2 if on_cpu else 1) * to_device / 1e9,
         from_device_gbs=(2 if on_cpu else 1) * from_device / 1e9,
         link_gbs=_link_rate(device, short),
-        launch_us=(_operation_s(sizes) if on_cpu else _launch_s(device, sizes)) * 1e6,
+        launch_us=(_operation_s(sizes) if on_cpu else _launch_s(device, step, sizes)) * 1e6,
     )
 
 
@@ -230,13 +239,11 @@ def _link_rate(device: torch.device, sizes: Sizes) -> float | None:
     return _copy_rate(here, other, num_bytes=sizes.pinned_bytes, sizes=sizes) / 1e9
 
 
-def _launch_s(device: torch.device, sizes: Sizes) -> float:
+def _launch_s(device: torch.device, step: StepTimer, sizes: Sizes) -> float:
     """Host seconds of a step's kernel."""
-    from nibble.use.host_rate import seconds_per_launch
-
     precision = "bf16" if _narrow(device) == torch.bfloat16 else "fp16"
     word = device.type if device.index is None else f"{device.type}:{device.index}"
-    return seconds_per_launch(word, precision=precision, steps=sizes.num_steps)
+    return step(word, precision=precision, steps=sizes.num_steps)
 
 
 def _operation_s(sizes: Sizes) -> float:

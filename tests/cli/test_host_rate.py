@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from nibble.cli import host_rate
+from nibble.cli.host_rate import planned_launches, recipe, seconds_per_launch
 from nibble.spec import counting
-from nibble.use import host_rate
-from nibble.use.host_rate import planned_launches, recipe, seconds_per_launch
 
 NUM_LAYERS, NUM_MATRICES, NUM_VECTORS = 6, 6 * 7 + 2, 6 * 2 + 1
 """Of builtin:llama-35m: seven linears and two norms a block; embedding, last norm, head."""
