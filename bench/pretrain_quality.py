@@ -476,15 +476,17 @@ def _read_packed(path: Path) -> tuple[dict[str, int], np.ndarray]:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print the table of the long runs: a line a row, tokens and rate, over its seeds."""
-    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
+    """Print the table of the long runs: a line a row, batch, tokens and rate, over its seeds."""
+    groups: dict[tuple[str, int, int, float], list[dict[str, Any]]] = {}
     for line in _read(Path(options.results)):
         if line["place"] is None and not line.get("failed"):
-            key = (line["row"], line["asked_tokens"], line["rate"])
+            key = (line["row"], line["batch"], line["asked_tokens"], line["rate"])
             groups.setdefault(key, []).append(line)
-    print("| row | tokens | rate | rank | perplexity | optimiser MiB | peak GiB | tokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (row, tokens, rate), lines in groups.items():
+    print(
+        "| row | batch | tokens | rate | rank | perplexity | optimiser MiB | peak GiB | tokens/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (row, batch, tokens, rate), lines in groups.items():
         found = [line["perplexity"] for line in lines if line["perplexity"]]
         text = "diverged"
         if found:
@@ -493,7 +495,7 @@ def show(options: argparse.Namespace) -> None:
                 text += f" ({', '.join(f'{value:.2f}' for value in found)})"
         one = lines[-1]
         print(
-            f"| {row} | {tokens / 1e6:.0f} M | {rate:g} | {one['row_rank'] or '-'} | "
+            f"| {row} | {batch} | {tokens / 1e6:.0f} M | {rate:g} | {one['row_rank'] or '-'} | "
             f"{text} | {one['optimizer_mib']:.0f} | {one['reserved_gib'] or '-'} | "
             f"{statistics.median(line['tokens_per_s'] for line in lines):,.0f} |"
         )
