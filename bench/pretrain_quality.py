@@ -11,11 +11,13 @@ held-out ones first). `speed` measures one row at several batch sizes, with and 
 
 `table` is the protocol, the same for every row: learning rates sqrt(10) apart around the row's
 guess with --tune-tokens each, and one beyond the best while the best is at an edge, up to
---max-tries; then a run with --tokens for each of --horizons. Its rate is where a parabola through
-the best three has its least loss (at most half a step from the best), times (tune tokens / tokens)
-** horizon: longer runs want smaller rates, AdamW's by a power of 0.32 (Bjorck et al., arXiv
-2409.19913), others perhaps by none. At the end more seeds of --seeded rows at the better horizon.
-Rates warm up over a tenth and end at a tenth (cosine); seeds fix weights, order and noise.
+--max-tries; then a run with --tokens for each of --horizons, as long as each is better than the one
+before. Its rate is where a parabola through the best three has its least loss (at most half a step
+from the best), times (tune tokens / tokens) ** horizon. Longer runs are said to want smaller rates,
+AdamW's by a power of 0.32 (Bjorck et al., arXiv 2409.19913); searches of a few hundred steps are so
+short that here it is the other way round: 0, -0.215 and -0.43 are once, twice and four times the
+rate. At the end more seeds of --seeded rows at the best horizon. Rates warm up over a tenth and end
+at a tenth (cosine); seeds fix weights, order and noise.
 
 One process a card runs one job after another. Each finished run is a line of --results at once, and
 what is there already is never run again: a later call goes on, with more rows, seeds or tokens. No
@@ -131,8 +133,16 @@ class Table:
         return found
 
     def _first_long(self, row: str) -> Iterator[Job]:
+        """Of each horizon in turn, as long as the one before was better than those before it."""
+        best = math.inf
         for horizon in self.options.horizons:
-            yield from self._long(row, seed=0, horizon=horizon)
+            for job in self._long(row, seed=0, horizon=horizon):
+                yield job
+                line = self.line(job)
+                found = math.inf if line is None else line.get("perplexity") or math.inf
+                if found >= best or line is None:
+                    return
+                best = found
 
     def _long(self, row: str, *, seed: int, horizon: float | None) -> Iterator[Job]:
         rate = None if horizon is None else self.best_rate(row, horizon)
@@ -187,6 +197,7 @@ class Table:
     def seconds(self, job: Job) -> float:
         """What a run would take, from the row's runs, else from all, else guessed."""
         known = [line for line in self.results if not line.get("failed") and "seconds" in line]
+        known = [line for line in known if line["batch"] == self.options.batch] or known
         own = [line for line in known if line["row"] == job.row] or known
         if not own:
             return GUESS_SETUP_S + job.tokens / GUESS_TOKENS_PER_S
@@ -539,7 +550,7 @@ def main() -> None:
         part.add_argument("--limit-s", type=float, default=math.inf)
         part.add_argument("--tokens", type=float, default=200e6, help="of a long run")
         part.add_argument("--tune-tokens", type=float, default=8e6, help="of a rate that is tried")
-        part.add_argument("--horizons", default="0.32,0", help="powers, with commas")
+        part.add_argument("--horizons", default="0,-0.215,-0.43", help="powers, with commas")
         part.add_argument("--max-tries", type=int, default=5)
         part.add_argument("--seeds", type=int, default=3)
         part.add_argument("--seeded", default="galore-svd,galore-randomised,adamw")
