@@ -12,6 +12,7 @@ from nibble.launch.leaving import leave
 
 PROGRAM = """
 import atexit, sys, threading, time, types
+from concurrent.futures import ThreadPoolExecutor
 from nibble.launch.leaving import leave
 
 if {imported}:
@@ -29,6 +30,8 @@ def work():
     print("thread")
 
 threading.Thread(target=work).start()
+pool = ThreadPoolExecutor(1)
+pool.submit(time.sleep, 0.1)  # nobody ends it
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 sys.exit(leave(130))
 """

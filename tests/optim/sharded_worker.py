@@ -13,6 +13,7 @@ import torch.distributed as dist
 from sharded_rows import CUTS, LAYERWISE, ROWS, SHAPES, STEPS
 from torch import Tensor, nn
 
+from nibble.launch.leaving import leave
 from nibble.numerics import codec8
 from nibble.optim import Optimizer, clip_grad_norm_, layerwise_
 from nibble.optim.shards import ShardView
@@ -311,3 +312,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # gloo's threads may not see Python end

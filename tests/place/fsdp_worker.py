@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nibble.data import Splits, one_pass, prepare
 from nibble.errors import CheckpointError
+from nibble.launch.leaving import leave
 from nibble.models import load_tokenizer
 from nibble.nn.quant import QuantLinear
 from nibble.place import Group, placement, shard_views
@@ -258,3 +259,4 @@ def main(root: Path, cases_file: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    leave(0)  # gloo's threads may not see Python end

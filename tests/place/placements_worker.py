@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nibble.data import Splits, prepare
+from nibble.launch.leaving import leave
 from nibble.optim.shards import FLAT
 from nibble.place import Group, Placement, placement
 from nibble.run import _load
@@ -247,3 +248,4 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # gloo's threads may not see Python end

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nibble.errors import PlacementError
+from nibble.launch.leaving import leave
 from nibble.optim import Optimizer, group_parameters, layerwise_, low_rank_rules
 from nibble.place import Group
 from nibble.place.reduce import Reducer, agree_
@@ -121,3 +122,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # gloo's threads may not see Python end

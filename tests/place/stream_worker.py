@@ -11,6 +11,7 @@ import torch
 from test_streamed import filled, run
 
 from nibble.errors import PlacementError
+from nibble.launch.leaving import leave
 from nibble.place.group import Group
 from nibble.place.stream import Stream
 from nibble.spec.config import Place
@@ -56,3 +57,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # gloo's threads may not see Python end

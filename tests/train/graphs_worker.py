@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from graph_models import Case, FakeRecorder, train
 
+from nibble.launch.leaving import leave
 from nibble.place.group import Group
 from nibble.place.single import Single
 from nibble.spec.config import Place
@@ -35,3 +36,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)  # gloo's threads may not see Python end

@@ -19,9 +19,8 @@ def leave(code: int) -> int:
     """End this process if it belongs to a run of several; else return `code`, to exit with."""
     if "RANK" not in os.environ or "torch.distributed" not in sys.modules:
         return code
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
+    # As multiprocessing ends its processes; pools are told to end before their threads are joined.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
