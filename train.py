@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 from nibble.errors import NibbleError
+from nibble.launch.leaving import leave
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +36,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from nibble.launch.leaving import leave
-
     sys.exit(leave(main(sys.argv[1:])))

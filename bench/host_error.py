@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from start import say, write_checkpoint
+from start import say, variables, write_checkpoint
 
 GIB = 1 << 30
 STEPS = ("train.max_steps=4", "train.log_every=1", "report.sinks=plain",
@@ -71,10 +70,9 @@ def measured(options: argparse.Namespace, words: tuple[str, ...]) -> dict[str, A
         *(f"data.train={folder}/rows.jsonl", f"output_dir={run}"),
     ]
     began = time.perf_counter()
-    environment = {**os.environ, "NIBBLE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=options.limit_s
+            command, env=variables(options), capture_output=True, text=True, timeout=options.limit_s
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {options.limit_s:g} s"}

@@ -61,6 +61,7 @@ from nibble.train.loop import Settings, _Run
 from nibble.train.report import Report
 from nibble.train.state import LossScaler, TrainState, seed_everything
 from nibble.use.assemble import Assembly, fill, storage_dtype
+from nibble.use.calibrate import operation_s
 from nibble.use.objective import held_out_loss, objective
 
 NUM_SCHEDULED_STEPS = 1000
@@ -289,7 +290,8 @@ def _measured(
         "host_bytes": _peak_resident_bytes(),
         "host_before_bytes": host,
         "step_s": statistics.median(walls[NUM_STEPS + 1 :] or walls[-2:]),
-        "launch_us": round(_launch_us(device), 2),
+        # Whether the host was as fast as when it was calibrated.
+        "launch_us": round(operation_s(device, num_operations=1000) * 1e6, 2),
         "parts": parts,
         "walls_s": [round(wall, 5) for wall in walls],
         "build_s": round(build_s, 2),
@@ -388,20 +390,6 @@ def _more_walls(run: _Run, steps: Iterator[list[Batch]], device: torch.device) -
     first = _timed(run, steps, device)
     number = min(MAX_TIMED, int(TIMED_S / max(first, 1e-6)))
     return [first, *(_timed(run, steps, device) for _ in range(number))]
-
-
-def _launch_us(device: torch.device) -> float:
-    """Of the smallest kernel: whether the host was as fast as when it was calibrated."""
-    small = torch.zeros(64, device=device)
-    times = []
-    for _ in range(4):
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(250):
-            small.add_(1.0)
-        times.append(time.perf_counter() - began)
-    _wait(device)
-    return min(times) / 250 * 1e6
 
 
 @contextmanager

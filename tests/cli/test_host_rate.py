@@ -38,14 +38,14 @@ def test_the_median_of_the_later_steps_counts(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(host_rate, "train", train)
     monkeypatch.setattr(host_rate, "planned_launches", lambda made: 1000.0)
-    assert seconds_per_launch("cpu", steps=8) == pytest.approx(2e-3)
+    assert seconds_per_launch("cpu", precision="bf16", steps=8) == pytest.approx(2e-3)
 
 
 def test_ctrl_c_is_not_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = SimpleNamespace(outcome=SimpleNamespace(interrupted=True))
     monkeypatch.setattr(host_rate, "train", lambda made, stream: stopped)
     with pytest.raises(KeyboardInterrupt):
-        seconds_per_launch("cpu", steps=8)
+        seconds_per_launch("cpu", precision="bf16", steps=8)
 
 
 def test_real_steps_are_made_and_nothing_is_left(

@@ -2,7 +2,7 @@
 
 A plan counts a step's work for the host in bare launches (spec/counting.py), and a machine's row
 says what one takes. Timing a launch alone would miss what surrounds it in a step, Python and
-autograd above all, of which hosts are slow or fast in their own ways. So a Llama of LAYERS thin
+autograd above all, of which hosts are slow or fast in their own ways. So a Llama of six thin
 layers is trained by `nibble.run.train` on rows of LENGTH bytes, where no kernel takes as long as
 its launch, and the median step is divided by its planned launches.
 
@@ -16,6 +16,7 @@ import io
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from nibble.errors import PlacementError
@@ -23,29 +24,13 @@ from nibble.run import train
 from nibble.spec.arch import from_config
 from nibble.spec.builtin_models import config_of
 from nibble.spec.config import Recipe
-from nibble.spec.hardware import Hardware
+from nibble.spec.hardware import hardware
 from nibble.spec.plan import plan
 
-MODEL, LENGTH, NUM_STEPS = "builtin:llama-35m", 64, 40
-_UNIT = Hardware(
-    name="unit",
-    memory_bytes=1 << 40,
-    matmul_flops=1e15,
-    fp32_flops=1e15,
-    bandwidth_bytes=1e15,
-    bus_bytes=1e15,
-    link_bytes=1e15,
-    launch_s=1.0,
-    power_w=None,
-    price_usd_hour=None,
-    bf16=True,
-    source="",
-    date="",
-)
-"""A card on which a launch takes a second, and nothing else any time."""
+MODEL, LENGTH = "builtin:llama-35m", 64
 
 
-def seconds_per_launch(device: str, *, precision: str = "bf16", steps: int = NUM_STEPS) -> float:
+def seconds_per_launch(device: str, *, precision: str, steps: int) -> float:
     """Host seconds of a bare launch, as steps on `device` (cuda, cuda:1) spend them.
 
     Raises PlacementError when the steps could not be made, KeyboardInterrupt on Ctrl-C.
@@ -87,6 +72,8 @@ def recipe(folder: Path, *, device: str, precision: str, steps: int) -> Recipe:
 def planned_launches(made: Recipe) -> float:
     """A step's work for the host, in bare launches."""
     architecture = from_config(config_of(MODEL))
-    speed = plan(made, architecture=architecture, hardware=_UNIT, on_cpu=False).speed
+    # Launches alone are read, so any row does whose launch takes a second.
+    unit = replace(hardware("h200"), launch_s=1.0)
+    speed = plan(made, architecture=architecture, hardware=unit, on_cpu=False).speed
     assert speed is not None, "the card is known"
     return speed.launches_s

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from nibble.cli import explain
 from nibble.errors import ConfigError, NibbleError
+from nibble.launch.leaving import leave
 from nibble.launch.processes import INTERRUPTED
 from nibble.spec.config import Recipe
 from nibble.spec.load import load_recipe, parse_overrides
@@ -140,6 +141,4 @@ def export_model(task: Task, environment: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    from nibble.launch.leaving import leave
-
     sys.exit(leave(main()))

@@ -25,8 +25,8 @@ What a rule answers to R is U. The whole step is written with a small matrix and
     channel  X = 0               f = c phi           phi as in fira            (arXiv 2412.05270)
     tensor   X = 0               f = c phi           phi = |U| / |R|           (the same)
 
-Fira's scale is of the projected part alone, scale back(U) + c phi o (G - scale back(R)): so its
-authors' code computes what they published, and a quarter of the rest is hardly more than GaLore.
+Fira's scale is of the projected part alone, scale back(U) + c phi o (G - scale back(R)), as in its
+authors' code; their paper does not say.
 Channels run along the side that is not projected; c <= 1 holds the norm of the part that was not
 projected to `norm_growth` times that of the step before. Stored bases may be int8 or int4, two
 codes a byte.

@@ -217,7 +217,7 @@ def _matrix(piece: ProjectedPiece) -> Tensor:
     return grad.reshape(piece.projection.matrix_shape)
 
 
-def _chunks(whole: _Whole, num_rows: int, *, element_bytes: int = _ROW_BYTES) -> Iterator[slice]:
+def _chunks(whole: _Whole, num_rows: int, *, element_bytes: int) -> Iterator[slice]:
     """Slices of rows whose temporaries fit batches.BATCH_NBYTES."""
     if whole.matrix is not None:
         num_columns = whole.matrix.shape[1]

@@ -25,7 +25,7 @@ from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices, Holding, placement_kind
 from nibble.spec.inventory import Inventory
-from nibble.spec.lowrank import matrix_shape
+from nibble.spec.lowrank import LowRank, matrix_shape
 from nibble.spec.methods import low_rank
 from nibble.spec.state import rule_and_codec
 
@@ -190,18 +190,17 @@ class Count:
                     projected += 1
         part = min(1.0, self.held.optimizer_state / max(1, stock.optimizer_bytes) or 1.0)
         share = CODED_BANDWIDTH_SHARE if codec == "8bit" else UPDATE_BANDWIDTH_SHARE
-        launches = HOST_STEP + HOST_UPDATE * len(stock.trained) + projected * self._host_projected()
+        launches = HOST_STEP + HOST_UPDATE * len(stock.trained)
+        if low is not None:
+            launches += projected * self._host_projected(low)
         return Stage(
             products_s=part * flops / hardware.rate(self.recipe.train.precision),
             memory_s=part * moved / (share * hardware.bandwidth_bytes),
             launch_s=launches * hardware.launch_s,
         )
 
-    def _host_projected(self) -> float:
+    def _host_projected(self, low: LowRank) -> float:
         """More for each projected matrix, in bare launches."""
-        low = low_rank(self.recipe.optim)
-        if low is None:
-            return 0.0
         if self.recipe.optim.layerwise:
             return HOST_IN_BACKWARD if self.recipe.optim.in_backward else HOST_LAYERWISE
         return HOST_PROJECTED if low.residual == "none" else HOST_RESIDUAL
@@ -222,7 +221,7 @@ class Count:
             return blocks + HOST_PASS
         live = blocks * (1.0 - stock.num_idle / max(1, layers))
         times = HOST_BACKWARD + HOST_AGAIN * self.blocks.again_share
-        low_factors = len(stock.adapted) * (3 if self.work.dora else 2)
+        low_factors = 2 * len(stock.adapted)  # DoRA's magnitudes are vectors
         vectors = sum(len(tensor.shape) < 2 for tensor in stock.trained)
         matrices = len(stock.trained) - low_factors - vectors
         own = HOST_ADAPTER * low_factors + HOST_MATRIX * matrices + HOST_VECTOR * vectors

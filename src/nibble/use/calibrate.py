@@ -11,8 +11,8 @@
 
 On a CPU the bus is memory itself, and a launch is the time of one small operation.
 
-Nothing else may use the card meanwhile. It costs some ten seconds, 2 GiB of device memory and half
-a GiB of pinned memory, and says nothing of a particular model.
+Nothing else may use the card meanwhile. It costs some twenty seconds, 2 GiB of device memory and
+half a GiB of pinned memory, and says nothing of a particular model.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def measure(device: torch.device, *, step: StepTimer, sizes: Sizes | None = None
         to_device_gbs=(2 if on_cpu else 1) * to_device / 1e9,
         from_device_gbs=(2 if on_cpu else 1) * from_device / 1e9,
         link_gbs=_link_rate(device, short),
-        launch_us=(_operation_s(sizes) if on_cpu else _launch_s(device, step, sizes)) * 1e6,
+        launch_us=_launch_s(device, step, sizes) * 1e6,
     )
 
 
@@ -240,22 +240,26 @@ def _link_rate(device: torch.device, sizes: Sizes) -> float | None:
 
 
 def _launch_s(device: torch.device, step: StepTimer, sizes: Sizes) -> float:
-    """Host seconds of a step's kernel."""
+    """Host seconds of a step's kernel, of a processor's operation."""
+    if device.type == "cpu":
+        return operation_s(device, num_operations=sizes.num_operations)
     precision = "bf16" if _narrow(device) == torch.bfloat16 else "fp16"
-    word = device.type if device.index is None else f"{device.type}:{device.index}"
-    return step(word, precision=precision, steps=sizes.num_steps)
+    return step(str(device), precision=precision, steps=sizes.num_steps)
 
 
-def _operation_s(sizes: Sizes) -> float:
-    """Seconds of one small operation; the least of some series, the others were disturbed."""
-    small = torch.zeros(64)
+def operation_s(device: torch.device, *, num_operations: int) -> float:
+    """Host seconds of one small operation; the least of some series, the others were disturbed."""
+    small = torch.zeros(64, device=device)
+    each = max(1, num_operations // 5)
     times = []
     for _ in range(5):
+        _wait(device)
         start = time.perf_counter()
-        for _ in range(max(1, sizes.num_operations // 5)):
+        for _ in range(each):
             small.add_(1.0)
         times.append(time.perf_counter() - start)
-    return min(times) / max(1, sizes.num_operations // 5)
+    _wait(device)
+    return min(times) / each
 
 
 def _seconds(action: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
