@@ -25,6 +25,8 @@ ROWS = {
     "llama3-8b/3 qlora 2x256 ckpt": 0.02,
     "llama3-8b/3 qlora 2x256 none": 0.02,
     "llama3-8b/3 lora 2x256 selective": 0.02,
+    "llama2-7b/3 dora 2x256 ckpt": 0.01,
+    "llama2-7b/3 qdora 2x256 none": 0.01,
     "llama3-8b/3 full 2x256 ckpt": 0.02,
     "qwen3-8b/3 full 2x256x2 none": 0.02,
     "gemma3-12b/3 full 2x256x2 ckpt": 0.02,

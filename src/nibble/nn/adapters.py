@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nibble.errors import ConfigError
-from nibble.nn.adapted import NO_CASTS, Base, Casts, LowRank, PlainBase, adapted
+from nibble.nn.adapted import NO_CASTS, Base, Casts, LowRank, PlainBase, adapted, rescaled_rows
 from nibble.nn.cast_hooks import train_in_full_
 from nibble.nn.expand import Expansion
 from nibble.nn.quant import QuantLinear, dense_weight, is_linear
@@ -109,6 +109,10 @@ class LoraLinear(nn.Module):
         if self.magnitude is not None:
             return self._forward_dora(x, self.magnitude)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        return self._updated(x, dropped)
+
+    def _updated(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """W x + b + s B A dropped, by one function with one gradient of x where the base allows."""
         if torch.is_autocast_enabled(x.device.type):
             return self._add_update(self.base(x), dropped)
         if isinstance(self.base, QuantLinear):
@@ -132,18 +136,19 @@ class LoraLinear(nn.Module):
 
     def _forward_dora(self, x: Tensor, magnitude: Tensor) -> Tensor:
         # m / n - 1, not m / n: near the start it is small, and bf16 rounds 1.001 to 1.
-        gain = (magnitude / self.weight_norm(x.dtype) - 1).to(x.dtype)
+        gain = magnitude / self.weight_norm(x.dtype) - 1
         bias = self._bias()
-        y: Tensor = self.base(x)
         if self.dropout and self.training:
             # As peft: what the base adds by itself sees x, what training rescales sees dropout(x).
+            y: Tensor = self.base(x)
             dropped = F.dropout(x, self.dropout)
             rescaled: Tensor = self.base(dropped)
             rescaled = rescaled if bias is None else rescaled - bias
             updated = self._add_update(torch.zeros_like(rescaled), dropped)
-            return y + updated + gain * (rescaled + updated)
-        direction = self._add_update(y if bias is None else y - bias, x)
-        scaled = torch.addcmul(direction, direction, gain)
+            return y + updated + gain.to(x.dtype) * (rescaled + updated)
+        direction = self._updated(x, x)
+        direction = direction if bias is None else direction - bias
+        scaled = rescaled_rows(direction, gain)
         return scaled if bias is None else scaled + bias
 
     def _bias(self) -> Tensor | None:
