@@ -26,14 +26,16 @@ gradient, as Adam's is). torch.optim.Adafactor scales the step by the weights' R
 
 States advance in place (hence the `_`); gradients are only read; updates may be the very tensors
 given as gradients or states, so they are to be read before the next call and not written. Costs two
-temporaries of the gradients' size at most, adafactor three.
+temporaries of the gradients' size at most; of large gradients adafactor may be given some rows at
+a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,8 +141,19 @@ def adafactor_(
     for (length, _), indices in by_shape.items():
         stacked = _stack([grads[index] for index in indices])
         own = {name: [slot[index] for index in indices] for name, slot in states.items()}
-        mean = _Mean(split=split, length=length)
-        direction = _adafactor_direction(stacked, own, hyper, mean)
+        if "exp_avg_sq" in own:
+            direction = _of_vectors(stacked, own["exp_avg_sq"], hyper, _Mean(split, length))
+        else:
+            every = Rows(stacked, ..., ...)
+            factors = adafactor_factors_(
+                lambda every=every: iter([every]),  # type: ignore[misc]
+                shape=stacked.shape,
+                states=own,
+                hyper=hyper,
+                split=split,
+                length=length,
+            )
+            direction = factors.update(every)
         updates.update(zip(indices, direction.unbind(0), strict=True))
     return [updates[index] for index in range(len(grads))]
 
@@ -156,51 +169,103 @@ def adafactor_momentum_(
     return exp_avg
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Mean:
     """Means over dims of which only a part may live here, `length` being that of the whole."""
 
     split: Split | None
     length: int
 
-    def over(self, values: Tensor, dim: int, *, of: int) -> Tensor:
-        """Mean along `dim` of `values`, which is dim `of` of the gradients; dims from the end."""
-        if self.split is None or of != self.split.dim:
-            return values.mean(dim=dim)
-        total = values.sum(dim=dim)
-        self.split.sum_([total])
-        return total.div_(self.length)
+    def of(self, sums: Tensor, dim: int, *, size: int) -> Tensor:
+        """Means from sums over dim `dim` (from the end) of gradients that have `size` there."""
+        if self.split is None or dim != self.split.dim:
+            return sums / size
+        self.split.sum_([sums])
+        return sums / self.length
 
-    def rms(self, stacked: Tensor) -> Tensor:
-        """Root mean square of each [k, 1] of stacked gradients [k, ...]."""
-        # flatten(1) of scalars [k] needs the second dim to be made first.
-        flat = stacked.view(stacked.shape[0], -1) if stacked.numel() else stacked.flatten(1)
-        norm: Tensor = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        if self.split is None:
-            return norm.div_(math.sqrt(flat.shape[1]))
-        shape = list(stacked.shape)
-        shape[self.split.dim] = self.length
-        square = norm.square_()
-        self.split.sum_([square])
-        return square.div_(math.prod(shape[1:])).sqrt_()
+    def divisor(self, square: Tensor, shape: Sequence[int]) -> Tensor:
+        """What clips updates [k, ...] of a sum of squares [k] each to a root mean square of
+        ADAFACTOR_CLIP.
+        """
+        whole = list(shape)
+        if self.split is not None:
+            whole[self.split.dim] = self.length
+            self.split.sum_([square])
+        rms = square.sqrt() / math.sqrt(math.prod(whole[1:]))
+        return rms.div_(ADAFACTOR_CLIP).clamp_(min=1.0)
 
 
-def _adafactor_direction(grads: Tensor, states: States, hyper: Hyper, mean: _Mean) -> Tensor:
-    """Adafactor's update for gradients [k, ...] of one shape; advances their states."""
+class Rows(NamedTuple):
+    """Some rows of gradients: float32 [k, ..., rows, n], and where they are in the states of rows
+    [k, ..., m] and of columns [k, ..., n].
+    """
+
+    grads: Tensor
+    in_rows: Any
+    in_columns: Any
+
+
+class Factors(NamedTuple):
+    """Adafactor's update of gradients [k, ..., m, n] is r c^T o G / d, with r, c and d [k]."""
+
+    rows: Tensor
+    columns: Tensor
+    divisor: Tensor
+
+    def update(self, some: Rows) -> Tensor:
+        """The update of some rows."""
+        update = some.grads * self.rows[some.in_rows].unsqueeze(-1)
+        update.mul_(self.columns[some.in_columns].unsqueeze(-2))
+        return update.div_(self.divisor.view(-1, *[1] * (update.dim() - 1)))
+
+
+def adafactor_factors_(
+    read: Callable[[], Iterator[Rows]],
+    *,
+    shape: Sequence[int],
+    states: States,
+    hyper: Hyper,
+    split: Split | None = None,
+    length: int = 0,
+) -> Factors:
+    """Adafactor's factors for gradients of one `shape` [k, ..., m, n], whose states advance.
+
+    `read` gives all of them, some rows after others, twice: so of large ones there need not be a
+    float32 copy at once. `length`: of the whole along the dim where they are `split`.
+    """
+    rows, columns = states["exp_avg_sq_row"], states["exp_avg_sq_col"]
+    mean = _Mean(split, length)
     weight = hyper.step**-ADAFACTOR_DECAY  # 1 - b2_t; 1 at the first step
-    squares = grads.square().add_(hyper.eps**2)
-    if "exp_avg_sq" in states:
-        variance = _advance(states["exp_avg_sq"], squares, weight)
-        update = variance.rsqrt().mul_(grads)
-    else:
-        row = _advance(states["exp_avg_sq_row"], mean.over(squares, -1, of=-1), weight)
-        column = _advance(states["exp_avg_sq_col"], mean.over(squares, -2, of=-2), weight)
+    row_sums, column_sums = (torch.zeros_like(_stack(slot)) for slot in (rows, columns))
+    for some in read():
+        squares = some.grads.square().add_(hyper.eps**2)
+        row_sums[some.in_rows] += squares.sum(-1)
+        column_sums[some.in_columns] += squares.sum(-2)
         del squares
-        row_scale = (row / mean.over(row, -1, of=-2).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
-        update = grads * row_scale
-        update.mul_(column.rsqrt().unsqueeze(-2))
-    clip = mean.rms(update).div_(ADAFACTOR_CLIP).clamp_(min=1.0)
-    return update.div_(clip.view(-1, *[1] * (update.dim() - 1)))
+    row = _advance(rows, mean.of(row_sums, -1, size=shape[-1]), weight)
+    column = _advance(columns, mean.of(column_sums, -2, size=shape[-2]), weight)
+    of_rows = mean.of(row.sum(-1), -2, size=shape[-2]).unsqueeze(-1)
+    ones = torch.ones(shape[0], device=row.device)
+    found = Factors((row / of_rows).rsqrt_(), column.rsqrt(), ones)
+    square = torch.zeros_like(ones)
+    for some in read():
+        square += _norms(found.update(some)).square_()
+    return found._replace(divisor=mean.divisor(square, shape))
+
+
+def _norms(stacked: Tensor) -> Tensor:
+    """Of each of k tensors [k, ...]."""
+    flat = stacked.flatten(1) if stacked.dim() > 1 else stacked.unsqueeze(1)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norms
+
+
+def _of_vectors(grads: Tensor, running: list[Tensor], hyper: Hyper, mean: _Mean) -> Tensor:
+    """Adafactor's update of vectors or scalars [k, ...], which have a second moment each."""
+    squares = grads.square().add_(hyper.eps**2)
+    update = _advance(running, squares, hyper.step**-ADAFACTOR_DECAY).rsqrt().mul_(grads)
+    divisor = mean.divisor(_norms(update).square_(), grads.shape)
+    return update.div_(divisor.view(-1, *[1] * (update.dim() - 1)))
 
 
 def _advance(running: list[Tensor], fresh: Tensor, weight: float) -> Tensor:

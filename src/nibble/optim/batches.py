@@ -1,8 +1,9 @@
 """Batches of parameters that take a step together.
 
 Small tensors share a batch, so that hundreds of adapters cost some dozens of launches; a large
-tensor is cut into slices at whole blocks of 256, so that temporaries stay under 256 MiB. Only a
-rule that is not elementwise (adafactor) needs whole tensors, and then the largest sets the bound.
+tensor is cut into slices at whole blocks of 256, so that temporaries stay under 256 MiB. A rule
+that is not elementwise (adafactor) gets whole tensors; of large ones it takes some rows at a time
+(by_rows.py).
 
 A batch holds pieces of one kind only: one device, one dtype, one storage, one step, since the
 multi-tensor kernels want lists of one dtype and rules one step count. Costs no device work at all.

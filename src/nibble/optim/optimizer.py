@@ -35,6 +35,7 @@ from nibble.optim.batches import Kind, Piece, batches
 from nibble.optim.loading import check_loadable, copied
 from nibble.optim.options import check_constructor, check_group, check_projects
 from nibble.optim.parts import check_views, slot_dim
+from nibble.optim.plain_step import step_plain_
 from nibble.optim.projected_grad import is_spent
 from nibble.optim.projected_step import (
     ProjectedPiece,
@@ -46,7 +47,7 @@ from nibble.optim.projected_step import (
 from nibble.optim.projection import Projection, projections
 from nibble.optim.shards import ShardView, whole
 from nibble.optim.states import new_slot
-from nibble.optim.update import advance, move_, rate_factor, state_noise, weight_noise
+from nibble.optim.update import state_noise, weight_noise
 from nibble.spec.lowrank import LOW_RANK_KEYS, LowRank, low_rank_of
 from nibble.spec.state import Slot, slots
 
@@ -195,7 +196,7 @@ class Optimizer(torch.optim.Optimizer):
         for kind, pieces in plain.items():
             fused = group["rule"] == "adamw" and step_kernels(kind.device.type) is not None
             for batch in batches(pieces, elementwise=elementwise, fused=fused):
-                _update(batch, group=group, kind=kind, index=index)
+                step_plain_(batch, group=group, kind=kind, index=index)
         refresh_due_(piece for matrices in projected.values() for piece in matrices)
         for kind, matrices in projected.items():
             for some in projected_batches(matrices):
@@ -352,32 +353,6 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _update(batch: list[Piece], *, group: dict[str, Any], kind: Kind, index: int) -> None:
-    """One step of one batch of parameters that are not projected: the module's equation."""
-    updates = advance(
-        [piece.grad for piece in batch],
-        [piece.state for piece in batch],
-        group=group,
-        kind=kind,
-        noise=state_noise(group, kind, index=index),
-        addresses=[piece.slot_address for piece in batch],
-        lengths=[piece.view.shape[kind.dim] for piece in batch if kind.dim is not None],
-    )
-    noise = weight_noise(group, kind, index=index)
-    floor = group["parameter_scale"]
-    factors = None
-    if floor > 0:
-        factors = [rate_factor(piece.weight, floor=floor, view=piece.view) for piece in batch]
-    move_(
-        [piece.weight for piece in batch],
-        updates,
-        group=group,
-        noise=noise,
-        addresses=[piece.address() for piece in batch] if noise is not None else (),
-        factors=factors,
-    )
 
 
 def initialise_(

@@ -81,7 +81,8 @@ def advance(
     return [update for update in updates if update is not None]
 
 
-def _hyper(group: dict[str, Any], kind: Kind) -> Hyper:
+def hyper_of(group: dict[str, Any], kind: Kind) -> Hyper:
+    """A group's numbers for one step."""
     return Hyper(
         step=kind.step,
         betas=tuple(group["betas"]),
@@ -102,7 +103,7 @@ def _adamw(
     dtype: torch.dtype,
 ) -> Tensor:
     """One large parameter's update by a kernel."""
-    hyper = _hyper(group, kind)
+    hyper = hyper_of(group, kind)
     mean, square = (tuple(state[name] for name in kind.stored_names(slot)) for slot in kind.slots)
     correction, eps = hyper.denominator()
     update = torch.empty(grad.shape, dtype=dtype, device=grad.device)
@@ -121,6 +122,28 @@ def _adamw(
         keys=keys,
         place=place,
     )
+    return update
+
+
+def advance_slice(
+    update: Tensor,
+    state: dict[str, Any],
+    *,
+    group: dict[str, Any],
+    kind: Kind,
+    noise: Noise | None,
+    address: SlotAddress,
+) -> Tensor:
+    """What becomes of a slice of Adafactor's update where its rule keeps a running mean of it."""
+    for number, slot in enumerate(kind.slots):
+        if slot.extent != "full":
+            continue
+        stored: list[Stored] = [tuple(state[name] for name in kind.stored_names(slot))]
+        mean = unpack(stored, slot=slot)
+        mean.views[0].lerp_(update, 1 - group["betas"][0])
+        own = None if noise is None else noise.of(number)
+        write_back_(stored, values=mean, slot=slot, noise=own, addresses=[address(slot)])
+        update = mean.views[0]
     return update
 
 
@@ -145,7 +168,7 @@ def _advance_lists(
     updates = RULES[group["rule"]].apply_(
         grads,
         states={slot.name: own.views for slot, own in values.items()},
-        hyper=_hyper(group, kind),
+        hyper=hyper_of(group, kind),
         **split,
     )
     for number, (slot, own) in enumerate(values.items()):
