@@ -19,10 +19,11 @@ short that here it is the other way round: 0, -0.215 and -0.43 are once, twice a
 rate. At the end more seeds of --seeded rows at the best horizon. Rates warm up over a tenth and end
 at a tenth (cosine); seeds fix weights, order and noise.
 
-One process a card runs one job after another. Each finished run is a line of --results at once, and
-what is there already is never run again: a later call goes on, with more rows, seeds or tokens. No
-run starts that would, by the speed so far, end after --limit-s. `show` prints the table. --tiny
-runs every row on random tokens in a small shape, on a CPU too.
+One process a card runs one job after another, or more with --jobs: a row that is bound by its host
+leaves most of a card idle; speeds in the table are of runs that were alone. Each finished run is a
+line of --results at once, and what is there already is never run again: a later call goes on, with
+more rows, seeds or tokens. No run starts that would, by the speed so far, end after --limit-s.
+`show` prints the table. --tiny runs every row on random tokens in a small shape, on a CPU too.
 """
 
 from __future__ import annotations
@@ -199,10 +200,15 @@ class Table:
         known = [line for line in self.results if not line.get("failed") and "seconds" in line]
         known = [line for line in known if line["batch"] == self.options.batch] or known
         own = [line for line in known if line["row"] == job.row] or known
+        # A run that shares its card with others is as slow as all of them together.
+        sharing = -(-self.options.jobs // self.options.cards)
         if not own:
-            return GUESS_SETUP_S + job.tokens / GUESS_TOKENS_PER_S
-        each = max((line["wall_s"] - line["setup_s"]) / line["tokens"] for line in own[-2:])
-        return max(line["setup_s"] for line in own[-2:]) + each * job.tokens
+            return GUESS_SETUP_S + sharing * job.tokens / GUESS_TOKENS_PER_S
+        each = max(
+            (line["wall_s"] - line["setup_s"]) / line["tokens"] / line.get("sharing", 1)
+            for line in own[-2:]
+        )
+        return max(line["setup_s"] for line in own[-2:]) + sharing * each * job.tokens
 
     def left_s(self) -> float:
         """Card seconds of all runs that are wanted, those not known yet guessed."""
@@ -313,7 +319,8 @@ def table(options: argparse.Namespace) -> None:
                 line = {
                     **job._asdict(),
                     **shared(options),
-                    "card": number,
+                    "card": number % options.cards,
+                    "sharing": -(-options.jobs // options.cards),
                     "asked_tokens": job.tokens,
                     **found,
                 }
@@ -325,13 +332,13 @@ def table(options: argparse.Namespace) -> None:
                     with path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                     told = _told(line)
-                    needs = wanted.left_s() / options.cards
+                    needs = wanted.left_s() / options.jobs
                 print(f"{told}  [{left_s():.0f} s left, needs {needs:.0f}]", flush=True)
                 with changed:
                     changed.notify_all()
             card.end()
 
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(options.cards)]
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(options.jobs)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -489,7 +496,8 @@ def _read_packed(path: Path) -> tuple[dict[str, int], np.ndarray]:
 def show(options: argparse.Namespace) -> None:
     """Print the table of the long runs: a line a row, batch, tokens and rate, over its seeds."""
     groups: dict[tuple[str, int, int, float], list[dict[str, Any]]] = {}
-    for line in _read(Path(options.results)):
+    known = _read(Path(options.results))
+    for line in known:
         if line["place"] is None and not line.get("failed"):
             key = (line["row"], line["batch"], line["asked_tokens"], line["rate"])
             groups.setdefault(key, []).append(line)
@@ -508,8 +516,23 @@ def show(options: argparse.Namespace) -> None:
         print(
             f"| {row} | {batch} | {tokens / 1e6:.0f} M | {rate:g} | {one['row_rank'] or '-'} | "
             f"{text} | {one['optimizer_mib']:.0f} | {one['reserved_gib'] or '-'} | "
-            f"{statistics.median(line['tokens_per_s'] for line in lines):,.0f} |"
+            f"{_speed(known, one)} |"
         )
+
+
+def _speed(known: list[dict[str, Any]], one: dict[str, Any]) -> str:
+    """Tokens/s of a row's last run that had its card to itself, a long one if there is any."""
+    alone = [
+        line
+        for line in known
+        if line["row"] == one["row"]
+        and line["batch"] == one["batch"]
+        and not line.get("failed")
+        and line.get("sharing", 1) == 1
+    ]
+    longest = max((line["tokens"] for line in alone), default=None)
+    found = [line["tokens_per_s"] for line in alone if line["tokens"] == longest]
+    return f"{found[-1]:,.0f}" if found else "-"
 
 
 def main() -> None:
@@ -547,6 +570,7 @@ def main() -> None:
             continue
         part.add_argument("--results", required=True, help="JSON lines, read and appended to")
         part.add_argument("--cards", type=int, default=1)
+        part.add_argument("--jobs", type=int, help="runs at once (default: one a card)")
         part.add_argument("--limit-s", type=float, default=math.inf)
         part.add_argument("--tokens", type=float, default=200e6, help="of a long run")
         part.add_argument("--tune-tokens", type=float, default=8e6, help="of a rate that is tried")
@@ -570,6 +594,7 @@ def main() -> None:
             parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
         options.rows = names
         if options.command == "table":
+            options.jobs = options.jobs or options.cards
             options.seeded = options.seeded.split(",")
             options.horizons = [float(power) for power in options.horizons.split(",")]
     options.handler(options)
