@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[float, dict[str, Any], dict[str, Any]]] = {
     "galore-randomised": (1e-2, {"method": "galore", "basis": "randomised"}, {}),
     "galore_torch": (1e-2, {}, {}),
     "fira": (1e-2, {"method": "fira"}, {}),
+    "balanced": (1e-2, {"method": "balanced"}, {}),
     "apollo": (1e-2, {"method": "apollo"}, {}),
     "galore-svd": (1e-2, {"method": "galore"}, {}),
     "adamw8bit": (2e-3, {"name": "adamw8bit"}, {}),

@@ -220,6 +220,7 @@ ROWS = {
         "decay_last": True,
     },
     "fira": {"rank": 8, "basis": "randomised", "residual": "fira"},
+    "balanced": {"rank": 8, "basis": "randomised", "residual": "balanced", "scale": 0.25},
     "apollo": {"rank": 8, "basis": "seeded", "residual": "channel"},
     "apollo-mini": {"rank": 1, "basis": "seeded", "residual": "tensor"},
     "galore lion": {"rank": 8, "basis": "randomised", "rule": "lion"},

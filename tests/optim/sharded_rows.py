@@ -59,6 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "proj_type": "reverse_std",
     },
     "fira randomised": {"rank": 8, "basis": "randomised", "residual": "fira"},
+    "balanced": {"rank": 8, "basis": "randomised", "residual": "balanced", "scale": 0.25},
     "adamw 8bit": {"codec": "8bit"},
     "galore 8bit, uneven": {
         "rank": 64,

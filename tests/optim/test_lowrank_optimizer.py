@@ -246,11 +246,17 @@ def reference(
         if last and rest.norm() > 1.01 * last:
             rest = rest * 1.01 * last / rest.norm()
         last = rest.norm().item()
+        outside = grad - basis @ small
+        first, second = (0, 1) if flip else (1, 0)  # rows of the matrix as it is, then columns
+        for _ in range(5):
+            outside = outside / outside.square().mean(first, keepdim=True).sqrt()
+            outside = outside / outside.square().mean(second, keepdim=True).sqrt()
         whole = {
             "none": scale * (basis @ update),
             "fira": scale * (basis @ update) + rest,
             "channel": rest,
             "tensor": rest,
+            "balanced": scale * (basis @ update) + 2 * update.square().mean().sqrt() * outside,
         }[residual]
         whole = whole.T if flip else whole
         weight = (1 - lr * 0.1) * weight - lr * whole

@@ -96,4 +96,4 @@ def test_a_matrix_within_its_basis_has_nothing_to_limit() -> None:
 
 def test_every_method_with_a_residual_is_tried_here() -> None:
     rows = {row["residual"] for row in METHODS.values() if "residual" in row}
-    assert rows == {"fira", "channel", "tensor"}
+    assert rows == {"fira", "channel", "tensor", "balanced"}

@@ -141,8 +141,9 @@ def adafactor_(
     for (length, _), indices in by_shape.items():
         stacked = _stack([grads[index] for index in indices])
         own = {name: [slot[index] for index in indices] for name, slot in states.items()}
+        mean = _Mean(split, length)
         if "exp_avg_sq" in own:
-            direction = _of_vectors(stacked, own["exp_avg_sq"], hyper, _Mean(split, length))
+            direction = _of_vectors(stacked, own["exp_avg_sq"], hyper, mean)
         else:
             every = Rows(stacked, ..., ...)
             factors = adafactor_factors_(
@@ -154,6 +155,8 @@ def adafactor_(
                 length=length,
             )
             direction = factors.update(every)
+            clip = mean.divisor(_norms(direction).square_(), direction.shape)
+            direction.div_(clip.view(-1, *[1] * (direction.dim() - 1)))
         updates.update(zip(indices, direction.unbind(0), strict=True))
     return [updates[index] for index in range(len(grads))]
 
@@ -206,17 +209,15 @@ class Rows(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Adafactor's update of gradients [k, ..., m, n] is r c^T o G / d, with r, c and d [k]."""
+    """Adafactor's update of gradients [k, ..., m, n] before it is clipped is r c^T o G."""
 
     rows: Tensor
     columns: Tensor
-    divisor: Tensor
 
     def update(self, some: Rows) -> Tensor:
         """The update of some rows."""
         update = some.grads * self.rows[some.in_rows].unsqueeze(-1)
-        update.mul_(self.columns[some.in_columns].unsqueeze(-2))
-        return update.div_(self.divisor.view(-1, *[1] * (update.dim() - 1)))
+        return update.mul_(self.columns[some.in_columns].unsqueeze(-2))
 
 
 def adafactor_factors_(
@@ -230,27 +231,45 @@ def adafactor_factors_(
 ) -> Factors:
     """Adafactor's factors for gradients of one `shape` [k, ..., m, n], whose states advance.
 
-    `read` gives all of them, some rows after others, twice: so of large ones there need not be a
-    float32 copy at once. `length`: of the whole along the dim where they are `split`.
+    `read` gives all of them, some rows after others: so of large ones there need not be a float32
+    copy at once. `length`: of the whole along the dim where they are `split`.
     """
     rows, columns = states["exp_avg_sq_row"], states["exp_avg_sq_col"]
     mean = _Mean(split, length)
     weight = hyper.step**-ADAFACTOR_DECAY  # 1 - b2_t; 1 at the first step
-    row_sums, column_sums = (torch.zeros_like(_stack(slot)) for slot in (rows, columns))
-    for some in read():
-        squares = some.grads.square().add_(hyper.eps**2)
-        row_sums[some.in_rows] += squares.sum(-1)
-        column_sums[some.in_columns] += squares.sum(-2)
-        del squares
+    row_sums, column_sums = _sums(read, shape, states["exp_avg_sq_row"][0].device, hyper.eps)
     row = _advance(rows, mean.of(row_sums, -1, size=shape[-1]), weight)
     column = _advance(columns, mean.of(column_sums, -2, size=shape[-2]), weight)
     of_rows = mean.of(row.sum(-1), -2, size=shape[-2]).unsqueeze(-1)
-    ones = torch.ones(shape[0], device=row.device)
-    found = Factors((row / of_rows).rsqrt_(), column.rsqrt(), ones)
-    square = torch.zeros_like(ones)
+    return Factors((row / of_rows).rsqrt_(), column.rsqrt())
+
+
+def adafactor_divisor(
+    squares: Tensor, *, shape: Sequence[int], split: Split | None = None, length: int = 0
+) -> Tensor:
+    """What clips updates [k, ...] with these sums of `squares` [k], which are overwritten; [k]."""
+    return _Mean(split, length).divisor(squares, shape)
+
+
+def _sums(
+    read: Callable[[], Iterator[Rows]], shape: Sequence[int], device: torch.device, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Sums of G^2 + eps^2 of rows and of columns."""
+    sums: tuple[Tensor, Tensor] | None = None
     for some in read():
-        square += _norms(found.update(some)).square_()
-    return found._replace(divisor=mean.divisor(square, shape))
+        squares = some.grads.square().add_(eps**2)
+        if some.in_rows is ...:  # all of them: nothing to add to
+            return squares.sum(-1), squares.sum(-2)
+        sums = sums or _zeros(shape, device)
+        sums[0][some.in_rows].add_(squares.sum(-1))
+        sums[1][some.in_columns].add_(squares.sum(-2))
+        del squares
+    return sums or _zeros(shape, device)  # zeros where no row is here
+
+
+def _zeros(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = torch.zeros(shape[:-1], device=device)
+    return rows, torch.zeros((*shape[:-2], shape[-1]), device=device)
 
 
 def _norms(stacked: Tensor) -> Tensor:

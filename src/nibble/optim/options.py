@@ -63,10 +63,10 @@ def _check_low_rank(group: Mapping[str, Any], values: Mapping[str, Any]) -> None
             )
         return
     low_rank.check()
-    if low_rank.residual == "none" and "norm_growth" in group:
+    if not low_rank.can_grow and "norm_growth" in group:
         raise ConfigError(
-            f"norm_growth={low_rank.norm_growth} has no effect: residual 'none' is not limited; "
-            "leave it out"
+            f"norm_growth={low_rank.norm_growth} has no effect: residual "
+            f"{low_rank.residual!r} is not limited; leave it out"
         )
 
 

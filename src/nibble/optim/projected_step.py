@@ -2,7 +2,8 @@
 
     R = project(G);   U = rule(R);   W <- W - lr * scale * (back(X) + f o G)
 
-with X and f of the group's residual (numerics/lowrank.py). Products are those of the gradient's
+with X and f of the group's residual (numerics/lowrank.py, and balanced.py for one that is no
+multiple of G). Products are those of the gradient's
 type, by cuBLAS; what is left of a matrix's step is one pass over its weight, gradient and back(X),
 a kernel of its own on CUDA (kernels/move.py) and a handful of passes elsewhere.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from nibble.kernels.steps import step_kernels
 from nibble.numerics import lowrank
 from nibble.optim import batches
+from nibble.optim.balanced import Rest
 from nibble.optim.batches import Kind
 from nibble.optim.noise import Address, Noise, noise_for
 from nibble.optim.projected_grad import ProjectedGrad
@@ -35,12 +37,14 @@ from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
 _SMALL_BYTES = 48
 _ROW_BYTES = 16
 _FUSED_ROW_BYTES = 4
+_REST_BYTES = 16
 _STORES = 2
 
 
 class Terms(NamedTuple):
     """Rows of back(X) + f o G as they are; either may be absent. `update` is in the gradient's
-    type, `factor` float32 of shape [1, 1], [rows, 1] or [1, columns].
+    type, or float32 where a rest is in it, `factor` float32 of shape [1, 1], [rows, 1] or
+    [1, columns].
     """
 
     update: Tensor | None
@@ -180,6 +184,7 @@ class _Whole:
     bases: Bases
     factor: Tensor | None
     matrix: Tensor | None
+    rest: Rest | None = None
 
     def rows(self, rows: slice) -> Terms:
         """Some rows of both."""
@@ -190,6 +195,9 @@ class _Whole:
                 update = lowrank.project_back(self.small[rows], left=None, right=right)
             else:
                 update = lowrank.project_back(self.small, left=left[rows], right=right)
+        if self.rest is not None:
+            assert self.matrix is not None and update is not None
+            update = self.rest.of(self.matrix, self.bases, rows).add_(update)
         if self.factor is None:
             return Terms(update=update, grad=None, factor=None)
         assert self.matrix is not None
@@ -207,7 +215,9 @@ def _whole(piece: ProjectedPiece, update: Tensor, rest: Residual | None) -> _Who
         bases = piece.projection.own_bases(piece.state, dtype=grad.dtype)
     if rest is None:
         return _Whole(small=small, bases=bases, factor=None, matrix=None)
-    return _Whole(small=small, bases=bases, factor=rest.factor, matrix=_matrix(piece))
+    return _Whole(
+        small=small, bases=bases, factor=rest.factor, matrix=_matrix(piece), rest=rest.rest
+    )
 
 
 def _matrix(piece: ProjectedPiece) -> Tensor:
@@ -238,6 +248,8 @@ def _move_by_rows_(
     shape, scale, address = projection.matrix_shape, projection.low.scale, projection.address()
     fused = step_kernels(weight.device.type) is not None
     element_bytes = _FUSED_ROW_BYTES if fused else _ROW_BYTES
+    if whole.rest is not None:
+        element_bytes += _REST_BYTES
     if piece.store is not None:
         own = noise_for(group["seed"], projection.index, piece.state["step"], _STORES)
         for rows in _chunks(whole, shape[0], element_bytes=element_bytes):

@@ -3,6 +3,7 @@
     fira      W <- W - lr (scale back(U) + c phi o (G - scale back(R)))      (numerics/lowrank.py)
     channel   W <- W - lr scale c phi o G
     tensor    the same, phi one number
+    balanced  W <- W - lr (scale back(U) + 2 rms(U) a o (G - back(R)) o b)   (balanced.py)
 
 c needs the norm of what it limits. With an orthonormal basis that takes no product: of a channel j
 
@@ -22,16 +23,19 @@ import torch
 from torch import Tensor
 
 from nibble.numerics import lowrank
+from nibble.optim.balanced import Rest, balanced
 from nibble.optim.projection import Projection
 
 
 class Residual(NamedTuple):
     """X, in the gradient's type (None: nothing is projected back), and f, float32 [1 or m, 1 or n],
-    for an update that is multiplied by the group's scale.
+    for an update that is multiplied by the group's scale; or, for f, a `rest` that is no multiple
+    of the gradient.
     """
 
     small: Tensor | None
-    factor: Tensor
+    factor: Tensor | None
+    rest: Rest | None = None
 
 
 class Matrix(NamedTuple):
@@ -61,6 +65,11 @@ def residuals(matrices: Sequence[Matrix]) -> list[Residual]:
 def _stacked(members: list[Matrix]) -> list[Residual]:
     """Of matrices that are alike, or of one."""
     low, projection = members[0].projection.low, members[0].projection
+    if low.residual == "balanced":
+        return [
+            Residual(one.update.to(one.grad.dtype), None, rest)
+            for one, rest in zip(members, balanced(members), strict=True)
+        ]
     updates = torch.stack([one.update for one in members])
     small_grads = torch.stack([one.small_grad for one in members])
     if low.residual == "tensor":

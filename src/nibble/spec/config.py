@@ -22,7 +22,9 @@ MODEL_CONFIG = ConfigDict(
 FormatName = Literal["none", "nf4", "fp4", "int8", "hqq", "ternary"]
 AdapterKind = Literal["none", "lora", "dora", "expand", "factorised"]
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "adafactor", "adafactor-momentum", "lion"]
-MethodName = Literal["none", "galore", "galore8bit", "q-galore", "fira", "apollo", "apollo-mini"]
+MethodName = Literal[
+    "none", "galore", "galore8bit", "q-galore", "fira", "balanced", "apollo", "apollo-mini"
+]
 ScheduleName = Literal["constant", "linear", "cosine"]
 DataFormat = Literal[
     "auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text", "classification"
@@ -199,14 +201,16 @@ class Optim(Section):
     """How the rule's state is stored (default: as name or method says, else fp32)."""
     method: MethodName = "none"
     """Low-rank gradients: galore, galore8bit, q-galore (8-bit states, int4 bases, lazy), fira,
-    apollo, apollo-mini. A row of values for the settings below; what is given there wins."""
+    balanced, apollo, apollo-mini. A row of values for the settings below; what is given there
+    wins."""
     rank: int | None = Field(default=None, ge=1)
     """Rank of the projected gradients (default 128 with a method; apollo-mini 1). A rank without a
     method: a randomised basis, scale 1."""
     refresh_every: int | None = Field(default=None, ge=1)
     """Steps between new bases (default 200)."""
     scale: float | None = Field(default=None, gt=0)
-    """Multiplies projected updates (galore, q-galore, fira 0.25, whose rest it leaves alone)."""
+    """Multiplies projected updates (galore, q-galore, and fira and balanced, whose rest it leaves
+    alone: 0.25)."""
     side: Literal["std", "reverse_std", "left", "right", "full"] | None = None
     """Which side of a matrix is projected: std the smaller, reverse_std the larger."""
     basis: Literal["svd", "randomised", "random", "seeded"] | None = None
@@ -214,7 +218,7 @@ class Optim(Section):
     stored)."""
     basis_storage: Literal["fp32", "bf16", "int8", "int4"] | None = None
     """How bases are stored (default fp32; q-galore int4)."""
-    residual: Literal["none", "fira", "channel", "tensor"] | None = None
+    residual: Literal["none", "fira", "channel", "tensor", "balanced"] | None = None
     """What is added of the gradient outside of the basis, or scaled by channel or tensor."""
     norm_growth: float | None = Field(default=None, ge=0)
     """Bound on the growth of the residual's norm from step to step (default 1.01; 0: none)."""

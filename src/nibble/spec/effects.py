@@ -48,10 +48,10 @@ def projects(r: Recipe) -> bool:
     return is_low_rank(r.optim)
 
 
-def has_residual(r: Recipe) -> bool:
-    """Something of the gradient outside of the basis is used."""
+def residual_grows(r: Recipe) -> bool:
+    """What is used of the gradient outside of the basis may grow from step to step."""
     low = low_rank(r.optim)
-    return low is not None and low.residual != "none"
+    return low is not None and low.can_grow
 
 
 def causal(r: Recipe) -> bool:
@@ -151,8 +151,8 @@ EFFECT: tuple[Effect, ...] = (
            only="with optim.method or optim.rank"),
     Effect(path="optim.weights", where=projects, neutral=("float",),
            only="with optim.method or optim.rank"),
-    Effect(path="optim.norm_growth", where=has_residual,
-           only="with an optim.residual, as fira and apollo have one"),
+    Effect(path="optim.norm_growth", where=residual_grows,
+           only="with an optim.residual other than balanced, as fira and apollo have one"),
     Effect(path="optim.floor_ratio", where=lambda r: r.optim.schedule != "constant",
            only="with optim.schedule linear or cosine"),
     Effect(path="train.adapter_precision", where=adapter_kind(*LOW_RANK), neutral=("auto",),

@@ -10,6 +10,7 @@ answer U comes back as P U. Four values compose a method, each a small table:
     rule, codec    spec/state.py: any rule, any codec of its state
     residual       none         scale * back(U)                                          GaLore
                    fira         + the rest of G, by |U_j| / |R_j| a channel, unscaled    Fira
+                   balanced     + the rest of G, rows and columns of equal norms, sized by U
                    channel      G itself, scaled by |U_j| / |R_j| a channel              APOLLO
                    tensor       G itself, scaled by |U| / |R|                            APOLLO-Mini
 
@@ -32,7 +33,7 @@ from nibble.spec.formats import TensorSpec
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASES = ("svd", "randomised", "random", "seeded")
-RESIDUALS = ("none", "fira", "channel", "tensor")
+RESIDUALS = ("none", "fira", "channel", "tensor", "balanced")
 BASIS_STORAGE = ("fp32", "bf16", "int8", "int4")
 STORAGE_BLOCK = 256
 """Elements of an int8 or int4 basis that share a scale."""
@@ -57,6 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # arXiv 2410.01623
     "fira": {"rule": "adamw", "basis": "svd", "residual": "fira", "scale": 0.25},
+    # GaLore, and of the rest what SinkGD (arXiv 2502.06742) makes of a whole gradient
+    "balanced": {"rule": "adamw", "basis": "randomised", "residual": "balanced", "scale": 0.25},
     # arXiv 2412.05270, algorithm 1
     "apollo": {"rule": "adamw", "basis": "seeded", "residual": "channel", "scale": 1.0},
     # arXiv 2412.05270, section 4.2: rank 1, alpha = sqrt(128)
@@ -185,9 +188,14 @@ class LowRank:
         return tensors
 
     @property
+    def can_grow(self) -> bool:
+        """Whether the residual has a size of its own, which `norm_growth` may bound."""
+        return self.residual not in ("none", "balanced")
+
+    @property
     def keeps_norm(self) -> bool:
         """Whether the norm of the last residual is remembered for the growth limiter."""
-        return self.residual != "none" and self.norm_growth > 0
+        return self.can_grow and self.norm_growth > 0
 
     def _basis_tensors(self, side: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         name = f"basis_{side}"

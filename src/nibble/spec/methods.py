@@ -82,9 +82,7 @@ def low_rank(optim: Optim) -> LowRank | None:
 
 def group_values(low: LowRank) -> dict[str, Any]:
     """The projection as keys of a parameter group; those without effect are left out."""
-    idle = set() if low.keeps_norm else {"norm_growth"}
-    if low.residual != "none":
-        idle = set()
+    idle = set() if low.can_grow else {"norm_growth"}
     return {key: getattr(low, key) for key in LOW_RANK_KEYS if key not in idle}
 
 

@@ -115,8 +115,10 @@ def update_bytes(optim: Optim, trained: Iterable[TensorSpec]) -> int:
         low = low_rank(optim)
         if low is not None and low.residual == "fira":
             alone = min(8 * large, LIST_BYTES)  # the part outside of the basis, in fp32
+        if low is not None and low.residual == "balanced":
+            alone = 4 * large + LIST_BYTES  # its squares, of one matrix at least, and some rows
         return max(lists, alone)
     if rule.startswith("adafactor"):
         # Two in fp32, and what reduces them: 8.9 and 9.1 were measured. Of more, rows at a time.
-        return min(9 * large, LIST_BYTES)
+        return min(9 * large, 2 * LIST_BYTES)
     return min(10 * sum(size for size, _ in sizes), LIST_BYTES * 10 // UNPACKED_BYTES)
