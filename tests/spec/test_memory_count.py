@@ -113,9 +113,10 @@ def test_a_steps_peak_is_planned(
 
 def test_bounds_are_those_of_the_optimiser() -> None:
     from nibble.numerics import rows
-    from nibble.optim import batches, update
+    from nibble.optim import batches, by_rows, update
 
     assert workspace.LIST_BYTES == batches.BATCH_NBYTES
+    assert workspace.WHOLE_BYTES == by_rows.WHOLE_NBYTES
     assert workspace.UNPACKED_BYTES == batches._UNPACKED_BYTES
     assert workspace.FUSED_WEIGHTS == update.FUSED_NUMEL
     assert workspace.PACK_CHUNK_WEIGHTS == rows.GPU_CHUNK_ELEMENTS

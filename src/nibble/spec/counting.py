@@ -60,7 +60,7 @@ HOST_BACKWARD, HOST_AGAIN = 1.1, 3.0
 Whole steps tell apart what is computed again, but not forward from backward."""
 HOST_ADAPTER, HOST_MATRIX, HOST_VECTOR, HOST_UPDATE = 14.8, 12.1, 2.5, 3.1
 """Of a tensor of an adapter in backward, of another that is trained, and of any one's update."""
-HOST_PROJECTED, HOST_RESIDUAL, HOST_LAYERWISE, HOST_IN_BACKWARD = 20.0, 84.0, 52.0, 100.0
+HOST_PROJECTED, HOST_RESIDUAL, HOST_LAYERWISE, HOST_IN_BACKWARD = 20.0, 50.0, 52.0, 100.0
 """More for each projected matrix: in its update, in one with a residual, layer by layer, and
 updated in backward."""
 HOST_PASS, HOST_STEP = 300.0, 105.0

@@ -28,6 +28,8 @@ PACK_BYTES_PER_WEIGHT = {"nf4": 17, "fp4": 17, "int8": 9, "hqq": 30, "ternary": 
 """Temporaries of a chunk, counted: fp32 copies, distances, codes."""
 LIST_BYTES = 1 << 28
 """Bound on an update's temporaries, of which adamw's kernel takes a fp32 update: 4 bytes of 8."""
+WHOLE_BYTES = 2 * LIST_BYTES
+"""Bound on those of a tensor that adafactor takes whole (`optim/by_rows.py`)."""
 FUSED_WEIGHTS = 1 << 20
 """From here on a tensor has a kernel to itself (`optim/update.py`)."""
 UNPACKED_BYTES = 48
@@ -120,5 +122,7 @@ def update_bytes(optim: Optim, trained: Iterable[TensorSpec]) -> int:
         return max(lists, alone)
     if rule.startswith("adafactor"):
         # Two in fp32, and what reduces them: 8.9 and 9.1 were measured. Of more, rows at a time.
-        return min(9 * large, 2 * LIST_BYTES)
+        taken_whole = [9 * size for size, _ in sizes if 9 * size <= WHOLE_BYTES]
+        by_rows = [LIST_BYTES] if 9 * large > WHOLE_BYTES else []
+        return max(taken_whole + by_rows)
     return min(10 * sum(size for size, _ in sizes), LIST_BYTES * 10 // UNPACKED_BYTES)
