@@ -108,6 +108,7 @@ METHODS: dict[str, Words] = {
     },
     "q-galore": {"optim": {**GALORE, "method": "q-galore"}},
     "fira": {"optim": {**GALORE, "method": "fira"}},
+    "balanced": {"optim": {**GALORE, "method": "balanced"}},
     "apollo": {"optim": {"method": "apollo", "rank": 128}},
     "apollo-mini": {"optim": {"method": "apollo-mini"}},
     "lora": _lora(),

@@ -434,10 +434,11 @@ def test_steps_in_backward_are_those_after_it(row: str, dtype: torch.dtype) -> N
     "row",
     [
         {"residual": "fira"},
+        {"residual": "balanced"},
         {"residual": "tensor", "basis": "seeded", "rank": 1},
         {"basis": "svd", "codec": "8bit"},
     ],
-    ids=("fira", "apollo-mini", "svd"),
+    ids=("fira", "balanced", "apollo-mini", "svd"),
 )
 def test_what_wants_whole_gradients_steps_in_backward_as_ordinarily(row: dict[str, Any]) -> None:
     model, optimizer = build(row, dtype=torch.bfloat16)

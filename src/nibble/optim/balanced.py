@@ -87,15 +87,12 @@ def _balanced(members: Sequence[Given]) -> list[Rest]:
     projection = members[0].projection
     low, part = projection.low, projection.part
     smalls = [one.small_grad.to(one.grad.dtype) for one in members]
-    squares = torch.stack(
-        [_squares(one, small) for one, small in zip(members, smalls, strict=True)]
-    )
-    sizes = torch.stack(
-        [
-            squares.sum((1, 2)),
-            torch.stack([one.grad.float().square().sum() for one in members]),
-        ]
-    )
+    shape, device = (len(members), *members[0].grad.shape), members[0].grad.device
+    squares = torch.empty(shape, dtype=torch.float32, device=device)
+    for one, small, own in zip(members, smalls, squares, strict=True):
+        _square_(own, one, small)
+    norms = [torch.linalg.vector_norm(one.grad, dtype=torch.float32) for one in members]
+    sizes = torch.stack([squares.sum((1, 2)), torch.stack(norms).square_()])
     if part.axis is not None:
         part.sum_([sizes])
     mean = (sizes[0] / prod(part.shape)).clamp_(min=torch.finfo().tiny)
@@ -117,13 +114,11 @@ def _balanced(members: Sequence[Given]) -> list[Rest]:
     ]
 
 
-def _squares(one: Given, small: Tensor) -> Tensor:
-    """E o E of one matrix, float32, some rows at a time."""
+def _square_(squares: Tensor, one: Given, small: Tensor) -> None:
+    """Write E o E of one matrix, some rows at a time."""
     grad = one.grad
     bases = one.projection.own_bases(one.state, dtype=grad.dtype)
-    squares = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
     step = max(1, batches.BATCH_NBYTES // (_ROW_BYTES * max(1, grad.shape[1])))
     for start in range(0, grad.shape[0], step):
         rows = slice(start, start + step)
         torch.square(outside(grad, small, bases, rows), out=squares[rows])
-    return squares

@@ -25,7 +25,14 @@ from nibble.spec.holdings import Devices
 from nibble.spec.load import load_recipe
 from nibble.spec.plan import Plan
 from nibble.spec.planner import Budget, Planner, budget_of
-from nibble.spec.quality import NOT_MEASURED, ReferenceRun, losses_of, runs_of
+from nibble.spec.quality import (
+    NOT_MEASURED,
+    REFERENCE,
+    ReferenceRun,
+    is_reference,
+    losses_of,
+    runs_of,
+)
 from nibble.spec.search import search, smallest, starting
 from nibble.spec.units import parse_bytes
 
@@ -116,10 +123,11 @@ class Row:
 
     @property
     def quality_loss(self) -> str:
-        """The largest measured loss against the reference, or that there is none."""
+        """The largest measured loss against the reference, that it is one, or that there is
+        none."""
         losses = losses_of(self.method.key)
         if not losses:
-            return NOT_MEASURED
+            return REFERENCE if is_reference(self.method.key) else NOT_MEASURED
         return max(losses, key=lambda loss: loss.amount).words
 
     @property

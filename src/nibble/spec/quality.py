@@ -3,19 +3,22 @@
     quality loss = what the full method (or else 16-bit LoRA) reached less what this one reached,
                    in runs of one set, which differ in the method alone
 
-Where a set has no such reference, the loss is not measured, and nothing takes its place: numbers of
-papers are about other data and other code. Each run names its command, commit and result file in
+Perplexities are told apart by their logarithms, in nats as losses are. Where a set has no such
+reference, the loss is not measured, and nothing takes its place: numbers of papers are about other
+data and other code. Each run names its command, commit and result file in
 `quality.toml`; a test compares them with what is published.
 """
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED, REFERENCE = "not measured", "reference"
+PERPLEXITY = "perplexity"
 REFERENCES = ("full", "lora")
 """Methods that others of the same set are held against, the first that is there."""
 
@@ -29,18 +32,19 @@ class ReferenceRun:
     model: str
     task: str
     metric: str
-    before: float
     after: float
     better: str
     command: str
     commit: str
     result: str
+    before: float | None = None
     settings: str = ""
 
     @property
     def words(self) -> str:
         """What it reached, in a line."""
-        return f"{self.metric}: {self.before:g} -> {self.after:g} ({self.task}, {self.model})"
+        begun = "" if self.before is None else f"{self.before:g} -> "
+        return f"{self.metric}: {begun}{self.after:g} ({self.task}, {self.model})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +56,18 @@ class Loss:
 
     @property
     def amount(self) -> float:
-        """In units of the metric."""
+        """In units of the metric, of a perplexity in nats."""
+        if self.run.metric == PERPLEXITY:
+            return math.log(self.run.after / self.reference.after)
         gap = self.run.after - self.reference.after
         return gap if self.run.better == "lower" else -gap
 
     @property
     def words(self) -> str:
         """The amount with its sign."""
-        return f"{self.amount:+.3g} {self.run.metric.partition(',')[0]}"
+        name, _, unit = self.run.metric.partition(", ")
+        in_nats = name == PERPLEXITY or unit == "nats"
+        return f"{self.amount:+.2g} {'nats' if in_nats else name}"
 
 
 @cache
@@ -88,3 +96,10 @@ def losses_of(method: str, runs: tuple[ReferenceRun, ...] | None = None) -> list
             if method == name:
                 break  # a reference is held against those above it only
     return found
+
+
+def is_reference(method: str, runs: tuple[ReferenceRun, ...] | None = None) -> bool:
+    """Whether the losses of other methods are differences from runs of this one."""
+    known = reference_runs() if runs is None else runs
+    methods = {run.method for run in known} - {method}
+    return any(loss.reference.method == method for m in methods for loss in losses_of(m, known))

@@ -118,7 +118,9 @@ def update_bytes(optim: Optim, trained: Iterable[TensorSpec]) -> int:
         if low is not None and low.residual == "fira":
             alone = min(8 * large, LIST_BYTES)  # the part outside of the basis, in fp32
         if low is not None and low.residual == "balanced":
-            alone = 4 * large + LIST_BYTES  # its squares, of one matrix at least, and some rows
+            total = sum(size for size, _ in sizes)
+            squares = min(4 * total, max(4 * large, LIST_BYTES))  # of one matrix at least
+            alone = squares + min(16 * large, LIST_BYTES)  # and some rows of the rest
         return max(lists, alone)
     if rule.startswith("adafactor"):
         # Two in fp32, and what reduces them: 8.9 and 9.1 were measured. Of more, rows at a time.
