@@ -55,6 +55,13 @@ class Method:
     variants: tuple[Words, ...]
     ranked: bool = False
     """Its gradients have a rank that follows the model's width."""
+    learns_as: str = ""
+    """The key of another method that computes the same, to the bit; its runs count here."""
+
+    @property
+    def quality_key(self) -> str:
+        """Whose stored runs say what it learns."""
+        return self.learns_as or self.key
 
 
 _LORA: Words = {"adapter.kind": "lora"}
@@ -103,6 +110,7 @@ METHODS: tuple[Method, ...] = (
         key="streamed",
         name="QLoRA streamed",
         variants=({**_LORA, "quant.format": "nf4", "place.kind": "stream"},),
+        learns_as="qlora",
     ),
 )
 
@@ -125,7 +133,7 @@ class Row:
     def quality_loss(self) -> str:
         """The largest measured loss against the reference, that it is one, or that there is
         none."""
-        losses = losses_of(self.method.key)
+        losses = losses_of(self.method.quality_key)
         if not losses:
             return REFERENCE if is_reference(self.method.key) else NOT_MEASURED
         return max(losses, key=lambda loss: loss.amount).words
@@ -133,7 +141,7 @@ class Row:
     @property
     def runs(self) -> list[ReferenceRun]:
         """Stored runs of the method."""
-        return runs_of(self.method.key)
+        return runs_of(self.method.quality_key)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the recipe in full, so that it can be run."""
