@@ -1,8 +1,8 @@
 """Scaling rows and columns of a matrix to equal norms.
 
 For X [m, n] there are positive a [m] and b [n] so that all rows and all columns of a o X o b have a
-root mean square of 1 (Sinkhorn and Knopp 1967, applied to the squares of X; one matrix has such a
-scaling if no zeros forbid it). Gradient steps scaled so need no state and learn about as well as
+root mean square of 1 (Sinkhorn and Knopp 1967, applied to the squares of X; unless zeros forbid
+it). Gradient steps scaled so need no state and learn about as well as
 Adam's (Scetbon et al., SinkGD, arXiv 2502.06742). Each round divides by the norms of rows and then
 of columns: two products of the squares with a vector, so X itself is not scaled until the end.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NUM_ROUNDS = 5
-"""As in the paper; one is enough for most of it."""
+"""As in the paper. One round learnt less (dev/LOG.md)."""
 NOTHING = 1e-12
 """Of the mean square: rows and columns below are left at zero."""
 

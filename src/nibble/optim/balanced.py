@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod, sqrt
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from torch import Tensor
 from nibble.numerics import lowrank
 from nibble.numerics.balancing import balancing_factors
 from nibble.optim import batches
-from nibble.optim.projection import Bases, Projection
+from nibble.optim.projection import Bases
+
+if TYPE_CHECKING:
+    from nibble.optim.residuals import Matrix
 
 SIZE = 2.0
-"""Of the rest: 1/4, 1/2 and 1 learnt less (dev/LOG.md)."""
+"""Of the rest: 1/4, 1/2, 1 and 4 learnt less (dev/LOG.md)."""
 NOISE = 1e-2
 """Of a gradient's norm: several times what bfloat16 rounds off."""
 _ROW_BYTES = 16
@@ -48,21 +51,6 @@ class Rest(NamedTuple):
         return scaled.mul_(self.columns)
 
 
-class Given(Protocol):
-    """A matrix as residuals.py has it."""
-
-    @property
-    def projection(self) -> Projection: ...
-    @property
-    def state(self) -> dict[str, object]: ...
-    @property
-    def grad(self) -> Tensor: ...
-    @property
-    def small_grad(self) -> Tensor: ...
-    @property
-    def update(self) -> Tensor: ...
-
-
 def outside(grad: Tensor, small: Tensor, bases: Bases, rows: slice) -> Tensor:
     """Some rows of G - back(R), float32, a tensor of its own."""
     left, right = bases
@@ -73,7 +61,7 @@ def outside(grad: Tensor, small: Tensor, bases: Bases, rows: slice) -> Tensor:
     return grad[rows].float() - inside
 
 
-def balanced(members: Sequence[Given]) -> list[Rest]:
+def balanced(members: Sequence[Matrix]) -> list[Rest]:
     """The rest of each of some matrices that are alike, or of one that is cut."""
     rows, columns = members[0].grad.shape
     each = max(1, batches.BATCH_NBYTES // (4 * max(1, rows * columns)))
@@ -83,7 +71,7 @@ def balanced(members: Sequence[Given]) -> list[Rest]:
     return found
 
 
-def _balanced(members: Sequence[Given]) -> list[Rest]:
+def _balanced(members: Sequence[Matrix]) -> list[Rest]:
     projection = members[0].projection
     low, part = projection.low, projection.part
     smalls = [one.small_grad.to(one.grad.dtype) for one in members]
@@ -114,7 +102,7 @@ def _balanced(members: Sequence[Given]) -> list[Rest]:
     ]
 
 
-def _square_(squares: Tensor, one: Given, small: Tensor) -> None:
+def _square_(squares: Tensor, one: Matrix, small: Tensor) -> None:
     """Write E o E of one matrix, some rows at a time."""
     grad = one.grad
     bases = one.projection.own_bases(one.state, dtype=grad.dtype)
