@@ -15,9 +15,9 @@ guess with --tune-tokens each, and one beyond the best while the best is at an e
 before. Its rate is where a parabola through the best three has its least loss (at most half a step
 from the best), times (tune tokens / tokens) ** horizon. Longer runs are said to want smaller rates,
 AdamW's by a power of 0.32 (Bjorck et al., arXiv 2409.19913); searches of a few hundred steps are so
-short that here it is the other way round: 0, -0.215 and -0.43 are once, twice and four times the
-rate. At the end more seeds of --seeded rows at the best horizon. Rates warm up over a tenth and end
-at a tenth (cosine); seeds fix weights, order and noise.
+short that here it is the other way round: 0, -0.215, -0.43 and -0.645 are once, twice, four and
+eight times the rate. At the end more seeds of --seeded rows at the best horizon. Rates warm up over
+a tenth and end at a tenth (cosine); seeds fix weights, order and noise.
 
 One process a card runs one job after another, or more with --jobs: a row that is bound by its host
 leaves most of a card idle; speeds in the table are of runs that were alone. Each finished run is a
@@ -574,7 +574,7 @@ def main() -> None:
         part.add_argument("--limit-s", type=float, default=math.inf)
         part.add_argument("--tokens", type=float, default=200e6, help="of a long run")
         part.add_argument("--tune-tokens", type=float, default=8e6, help="of a rate that is tried")
-        part.add_argument("--horizons", default="0,-0.215,-0.43", help="powers, with commas")
+        part.add_argument("--horizons", default="0,-0.215,-0.43,-0.645", help="powers, with commas")
         part.add_argument("--max-tries", type=int, default=5)
         part.add_argument("--seeds", type=int, default=3)
         part.add_argument("--seeded", default="galore-svd,galore-randomised,adamw")
