@@ -48,6 +48,18 @@ def test_every_method_has_a_row(rows: list[Row]) -> None:
     assert all(row.plan is not None for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("key", "number"), [(m.key, n) for m in METHODS for n in range(len(m.variants))]
+)
+def test_every_variant_is_a_recipe(key: str, number: int, shape: Architecture) -> None:
+    method = next(method for method in METHODS if method.key == key)
+    alone = replace(method, variants=(method.variants[number],))
+    found = compare(
+        "m", WORDS, architecture=shape, hardware=hardware("h200"), devices=ONE, methods=[alone]
+    )
+    assert found[0].fits and not found[0].error
+
+
 def test_a_row_is_the_plan_of_its_recipe(rows: list[Row], shape: Architecture) -> None:
     for row in rows:
         assert row.plan is not None

@@ -67,6 +67,7 @@ class Method:
 _LORA: Words = {"adapter.kind": "lora"}
 _GALORE: Words = {"optim.layerwise": True, "optim.basis": "randomised"}
 _IN_BACKWARD: Words = {
+    "optim.layerwise": True,
     "optim.in_backward": True,
     "optim.max_grad_norm": None,
     "train.gradient_accumulation_steps": 1,
@@ -79,19 +80,41 @@ _GALORE_8BIT: Words = {
     "optim.method": "galore8bit",
     "optim.basis_storage": "bf16",
 }
+_BALANCED: Words = {"optim.method": "balanced"}
+_BALANCED_8BIT: Words = {
+    **_BALANCED,
+    **_IN_BACKWARD,
+    "optim.state": "8bit",
+    "optim.basis_storage": "bf16",
+}
 _APOLLO_MINI: Words = {"optim.method": "apollo-mini"}
 METHODS: tuple[Method, ...] = (
     Method(key="full", name="full", variants=({}, {"optim.name": "adamw8bit"})),
     Method(
         key="galore",
         name="GaLore 8 bit",
-        variants=(_GALORE_8BIT, {**_GALORE_8BIT, **_IN_BACKWARD, **_ONE_ROW}),
+        variants=(
+            _GALORE_8BIT,
+            {**_GALORE_8BIT, **_IN_BACKWARD},
+            {**_GALORE_8BIT, **_IN_BACKWARD, **_ONE_ROW},
+        ),
         ranked=True,
     ),
     Method(
         key="q-galore",
         name="Q-GaLore",
         variants=({**_GALORE, "optim.method": "q-galore", "optim.weights": "int8"},),
+        ranked=True,
+    ),
+    Method(
+        key="balanced",
+        name="balanced",
+        variants=(
+            _BALANCED,
+            {**_BALANCED, **_IN_BACKWARD},
+            _BALANCED_8BIT,
+            {**_BALANCED_8BIT, **_ONE_ROW},
+        ),
         ranked=True,
     ),
     Method(
