@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_state import assert_equal
 
 from nibble import run
 from nibble.errors import ConfigError
@@ -69,23 +70,6 @@ def recipe(shape: Path, texts: Path, out: Path, *words: str, steps: int = 12) ->
 
 def trained(given: Recipe) -> run.RunResult:
     return run.train(given, stream=io.StringIO())
-
-
-def assert_equal(one: Any, two: Any) -> None:
-    """The same numbers in the same types; keys may come in another order."""
-    assert type(one) is type(two)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype and torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert set(one) == set(two)
-        for key in one:
-            assert_equal(one[key], two[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)
-        for pair in zip(one, two, strict=True):
-            assert_equal(*pair)
-    else:
-        assert one == two
 
 
 METHODS = [name for name in MethodName.__args__ if name != "none"]

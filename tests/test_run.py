@@ -10,33 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import WORDS, save_llama, save_tokenizer
 
 from nibble import run
 from nibble.errors import CheckpointError, ConfigError, DataError
 from nibble.spec.config import Recipe
 
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(40)), "a", "b", "c", "is", "the", "of"]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a word tokenizer, as a checkpoint folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("base")
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=128, max_position_embeddings=64,
-        eos_token_id=1, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    save_llama(folder)
     return folder
 
 

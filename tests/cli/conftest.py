@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
-WORDS = [
-    "<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>",
-    *(f"w{i}" for i in range(40)), "a", "b", "c", "is", "the", "of",
-]  # fmt: skip
+MARKS = ("<user>", "<assistant>", "<system>")
+WORDS = [*tiny.SPECIAL, *MARKS, *tiny.WORDS[len(tiny.SPECIAL) :]]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -68,29 +67,11 @@ def nibble(capfd: pytest.CaptureFixture[str]) -> Nibble:
 
 
 def save_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>", "<system>"],
-    )  # fmt: skip
-    made.chat_template = template
-    made.save_pretrained(folder)
+    tiny.save_tokenizer(folder, WORDS, marks=MARKS, template=template)
 
 
 def save_model(folder: Path, *, template: str | None = TEMPLATE, **more: Any) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=128, max_position_embeddings=POSITIONS,
-        eos_token_id=1, pad_token_id=0, bos_token_id=None, **more,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.save_llama(folder, len(WORDS), max_position_embeddings=POSITIONS, **more)
     save_tokenizer(folder, template=template)
     return folder
 

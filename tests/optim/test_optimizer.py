@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
+from same_state import assert_equal, leaves
 from torch import Tensor, nn
 
 from nibble.errors import CheckpointError, ConfigError
@@ -48,29 +48,6 @@ def train(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], *, step
         give_grads(weights, step=step)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def leaves(value: object) -> Iterator[object]:
-    """Everything inside dicts, lists and tuples."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from leaves(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from leaves(inner)
-    else:
-        yield value
-
-
-def assert_equal(one: object, other: object) -> None:
-    """Two state dicts are the same, tensors bit for bit and dtype for dtype."""
-    first, second = list(leaves(one)), list(leaves(other))
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        if isinstance(a, Tensor):
-            assert isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-        else:
-            assert a == b and type(a) is type(b)
 
 
 def test_adamw_equals_torch_with_groups() -> None:

@@ -13,32 +13,22 @@ from typing import Any
 import pytest
 import torch
 from processes import start
+from tiny import save_llama, save_tokenizer
 
 PLACEMENTS = ("ddp", "stream", "fsdp")
 FORMATS = ("none", "nf4", "int8", "hqq")
 STEPS = 20
 PATIENCE_S = 1200
 """Two and a half minutes where two cores are free."""
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(40)), "a", "b", "c", "is", "the", "of"]
 
 
 def make_base(folder: Path) -> None:
     """A tiny Llama with a word tokenizer and a vocabulary that two do not divide."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=64,
-        eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False,
+    save_tokenizer(folder)
+    save_llama(
+        folder, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
+        tie_word_embeddings=False,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def make_data(path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from processes import start
-from test_all_placements import WORDS, a_recipe, make_base, make_data
+from test_all_placements import a_recipe, make_base, make_data
+from tiny import WORDS
 
 pytestmark = pytest.mark.dist
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny import SPECIAL, save_llama, save_tokenizer
 
 from nibble import run
 from nibble.errors import CheckpointError, PlanError
@@ -18,27 +19,14 @@ from nibble.spec.config import Recipe
 from nibble.spec.load import load_recipe
 from nibble.train import fitting
 
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(40)), "a", "b", "is", "the"]
+WORDS = [*SPECIAL, *(f"w{i}" for i in range(40)), "a", "b", "is", "the"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("base")
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=128, max_position_embeddings=64,
-        eos_token_id=1, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder, WORDS)
+    save_llama(folder, len(WORDS))
     rows = [
         {"prompt": f"the a w{i % 40} is", "completion": f" w{(i * 7 + 1) % 40} b"}
         for i in range(32)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import WORDS, llama_words, save_tokenizer
 
 from nibble import run
 from nibble.data import Batch
@@ -19,31 +20,14 @@ from nibble.spec.config import Recipe
 from nibble.train.checkpoint import TRAINED
 from nibble.weights.tensor_file import TensorFile
 
-SPECIAL = ("<pad>", "<eos>", "<unk>")
-WORDS = [*SPECIAL, *(f"w{i}" for i in range(40)), "a", "b", "c", "is", "the", "of"]
 VOCAB = len(WORDS)
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 def config_of(kind: str) -> Any:
     """The configuration of a model whose every part is small but not trivial."""
     import transformers as t
 
-    llama = {
-        "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64,
-        "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None,
-    }  # fmt: skip
+    llama = llama_words()
     makers = {
         "llama": lambda: t.LlamaConfig(**llama),
         "llama-tied": lambda: t.LlamaConfig(**llama, tie_word_embeddings=True),
