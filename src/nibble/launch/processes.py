@@ -20,15 +20,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, Any
 
 from nibble.errors import NibbleError, PlacementError
+from nibble.launch.signals import TakenOver
 
 ERROR_FILE = "NIBBLE_ERROR_FILE"
 GRACE_S, POLL_S, LOOK_S, TAIL_BYTES = 8.0, 0.05, 1.0, 4000
@@ -100,32 +100,16 @@ class Ended:
         return next(iter(own or self.failures), None)
 
 
-class Signals:
-    """A context that collects the signals which processes are to be told. Main thread only."""
+class Signals(TakenOver):
+    """Collects the signals which processes are to be told."""
 
     def __init__(self) -> None:
+        super().__init__(SIGNALS)
         self.got: list[signal.Signals] = []
         self.num_told = 0
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Signals:
-        """Take the signals over."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Remember what the processes are told of it."""
         del frame
         self.got.append(SIGNALS[signal.Signals(number)])
 
