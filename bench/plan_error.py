@@ -42,7 +42,6 @@ from plan_table import report
 from random_model import assemble_random, write_config
 from torch import Tensor
 
-from nibble import optim
 from nibble.data import Batch
 from nibble.errors import ConfigError, NibbleError
 from nibble.nn.attention import PACKED, attention_name
@@ -54,13 +53,14 @@ from nibble.spec.arch import from_config
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
+from nibble.train.begin import autocast_of, training_state
 from nibble.train.checkpoint import Checkpoints
 from nibble.train.folder import gather_versions
 from nibble.train.interrupt import Interrupt
 from nibble.train.loop import Settings, _Run
 from nibble.train.report import Report
-from nibble.train.state import LossScaler, TrainState, seed_everything
-from nibble.use.assemble import Assembly, fill, storage_dtype
+from nibble.train.state import seed_everything
+from nibble.use.assemble import Assembly, fill
 from nibble.use.calibrate import operation_s
 from nibble.use.objective import held_out_loss, objective
 
@@ -313,29 +313,13 @@ def _filled(recipe: Recipe, place: Placement, pool: Tensor) -> Assembly:
 def _run(assembly: Assembly, place: Placement, folder: Path) -> _Run:
     """What `run.train` hands to the loop, with nothing to load from and nowhere to report to."""
     recipe, model = assembly.recipe, assembly.model
-    trained = place.trained(model)
-    optimizer, schedule = optim.build(
-        trained,
-        recipe.optim,
-        total_steps=NUM_SCHEDULED_STEPS,
-        seed=recipe.train.seed,
-        views={name: place.view(name) for name in trained},
-    )
-    fp16 = recipe.train.precision == "fp16"
-    state = TrainState(
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        loader=iter(()),  # type: ignore[arg-type]
-        scaler=LossScaler(enabled=fp16),
-        parameters=trained,
-        place=place,
-    )
+    nothing: Any = iter(())
+    state = training_state(recipe, model, place, nothing, total_steps=NUM_SCHEDULED_STEPS)
     settings = Settings(
         max_steps=NUM_SCHEDULED_STEPS,
         steps_per_epoch=float(NUM_SCHEDULED_STEPS),
         max_grad_norm=recipe.optim.max_grad_norm,
-        autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
+        autocast=autocast_of(recipe),
     )
     loss = place.around(
         objective(

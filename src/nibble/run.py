@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import torch
 from torch import nn
 
 from nibble import optim
@@ -26,28 +25,25 @@ from nibble.errors import DataError
 from nibble.models import load_tokenizer
 from nibble.nn.adapters import AdapterSummary
 from nibble.nn.attention import PACKED, attention_name
-from nibble.nn.merging import merged_weights
 from nibble.place import Group, placement
 from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained
 from nibble.spec.config import Recipe
 from nibble.spec.graphs import wish
-from nibble.spec.methods import has_int8_weights
 from nibble.spec.plan import Plan
+from nibble.train.begin import autocast_of, training_state
 from nibble.train.checkpoint import TRAINED, Checkpoints
 from nibble.train.checks import check_positions, check_schedule
 from nibble.train.fitting import fitted
 from nibble.train.folder import RunFolder, gather_versions
-from nibble.train.int8_weights import keep_
 from nibble.train.loop import Evaluate, Outcome, Settings, loop
 from nibble.train.phase_memory import PhaseMemory, overall
 from nibble.train.planned import advice, decided, plan_run, to_text
 from nibble.train.profile import Profiler
 from nibble.train.report import Report
-from nibble.train.restarts import restart_every_
 from nibble.train.sinks import SinkContext, make_sinks
-from nibble.train.state import LossScaler, TrainState, seed_everything
-from nibble.use.assemble import Assembly, assemble, fill, storage_dtype
+from nibble.train.state import TrainState, seed_everything
+from nibble.use.assemble import Assembly, assemble, fill
 from nibble.use.objective import Objective, held_out_loss, objective
 from nibble.weights.adapter_files import load_adapter, save_adapter
 from nibble.weights.tensor_file import TensorFile
@@ -310,35 +306,7 @@ def _load(
         )
     if recipe.adapter.path is not None:
         load_adapter(model, Path(recipe.adapter.path), put=place.put_)
-    trained = place.trained(model)
-    optimizer, schedule = optim.build(
-        trained,
-        recipe.optim,
-        total_steps=max_steps,
-        seed=recipe.train.seed,
-        views={name: place.view(name) for name in trained},
-    )
-    fp16 = recipe.train.precision == "fp16"
-    state = TrainState(
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        loader=loader,
-        scaler=LossScaler(enabled=fp16),
-        parameters=trained,
-        place=place,
-    )
-    if has_int8_weights(recipe.optim):
-        state.instead = keep_(optimizer, model)
-    if recipe.optim.restart_every is not None:
-        restart_every_(
-            recipe.optim.restart_every,
-            model=model,
-            optimizer=optimizer,
-            schedule=schedule,
-            seed=recipe.train.seed,
-        )
-        state.parameters = {**trained, **merged_weights(model)}
+    state = training_state(recipe, model, place, loader, total_steps=max_steps)
     settings = Settings(
         max_steps=max_steps,
         steps_per_epoch=steps_per_epoch,
@@ -348,7 +316,7 @@ def _load(
         log_every=recipe.train.log_every,
         graphs=wish(recipe),
         is_language=recipe.model.task == "causal-lm",
-        autocast=torch.float16 if fp16 and storage_dtype(recipe) == torch.float32 else None,
+        autocast=autocast_of(recipe),
     )
     return state, settings
 
