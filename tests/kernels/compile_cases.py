@@ -12,7 +12,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from nibble.kernels import alibi_attention, gate, int8, int8_weights
+from nibble.kernels import alibi_attention, balancing, gate, int8, int8_weights
 
 SHARED_MEMORY_BYTES = 227 << 10
 HALF, WIDE, BYTE, INTEGER = "*bf16", "*fp32", "*i8", "*i32"
@@ -56,6 +56,17 @@ CASES: list[tuple[Any, ...]] = [
     ),
     (int8._round_kernel, [HALF, BYTE, WIDE, BYTE], (6.0, 16384, 2, 8192), 8, 3),
     (int8_weights._decode_kernel, [BYTE, WIDE, HALF], (4096, 11008, 43, 8, 256), 4, 3),
+    (
+        balancing._over_columns_kernel,
+        [HALF, WIDE, WIDE],
+        (4096, 11008, *balancing.OVER_COLUMNS),
+        4,
+        3,
+    ),
+    (
+        *(balancing._over_rows_kernel, [HALF, WIDE, WIDE]),
+        *((4096, 11008, 23, 192, *balancing.OVER_ROWS), 4, 3),
+    ),
     (int8._list_kernel, [BYTE, INTEGER], (16384, 16384, 8, int8.LISTING_COLUMNS), 4, 3),
     *(
         (gate._gate_backward_kernel, [HALF] * 3, (64, 4096, 4096, 4096, kind, False, 2, 1024), 4, 3)

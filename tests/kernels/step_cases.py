@@ -7,17 +7,20 @@ import os
 import pytest
 import torch
 from torch import Tensor, nn
+from triton_interpreter import mend
 
+from nibble.kernels import balancing as balancing_kernels
 from nibble.kernels import int8_weights as int8_kernels
 from nibble.kernels.steps import triton_kernels
-from nibble.numerics import codec8, int8_weights
+from nibble.numerics import balancing, codec8, int8_weights
 from nibble.numerics.rounding import random_bits, stochastic_bfloat16
 from nibble.numerics.updates import Hyper, adamw_
-from nibble.optim import Optimizer, projected_step, stores, update
+from nibble.optim import Optimizer, balanced, projected_step, stores, update
 from nibble.optim.shards import ShardView
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TRITON = triton_kernels()
+mend()
 KEYS = ((-123456789, 2**31 - 5), (77, -3))
 PLACES = {"whole": (0, 0, 0, 0), "rows": (2**31 - 300, 40, 0, 0), "columns": (1000, 20, 10, 64)}
 
@@ -244,7 +247,7 @@ def test_optimisers_step_alike(row: str, int8: bool, monkeypatch: pytest.MonkeyP
     def run(*, kernels: bool) -> list[Tensor]:
         monkeypatch.setattr(update, "FUSED_NUMEL", 1)
         monkeypatch.setattr(projected_step, "FUSED_NUMEL", 1)
-        for module in (update, projected_step, stores):
+        for module in (update, projected_step, stores, balanced):
             monkeypatch.setattr(module, "step_kernels", lambda _: TRITON if kernels else None)
         # Tall and wide, cut in two along either dim: noise is that of the whole.
         shapes = ((96, 64), (48, 80))
@@ -279,6 +282,31 @@ def test_optimisers_step_alike(row: str, int8: bool, monkeypatch: pytest.MonkeyP
         # Scales of INT8 groups follow their largest number to the last bit.
         differ = (eager - fused).abs() > (2e-3 * eager.abs() + 1e-3 if int8 else 0)
         assert differ.float().mean() <= 0.2
+
+
+SIZES = ((1, 1, 1), (3, 5, 7), (2, 4, 1024), (1, 70, 1025), (2, 33, 300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("programs", [1, 4, 1024])
+def test_sums_of_squares(
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few programs have many tiles each, the last of them none or half of one."""
+    monkeypatch.setattr(balancing_kernels, "NUM_PROGRAMS", programs)
+    matrices = normal(*size).to(dtype)
+    ours, eager = TRITON.squared_sums(matrices), balancing.squared_sums(matrices)
+    columns, rows = normal(size[0], size[2], seed=1).square(), normal(*size[:2], seed=2).square()
+    torch.testing.assert_close(ours.over_columns(columns), eager.over_columns(columns))
+    torch.testing.assert_close(ours.over_rows(rows), eager.over_rows(rows))
+    # Each matrix is its own: bits do not hang on those beside it.
+    alone = TRITON.squared_sums(matrices[-1:].contiguous())
+    assert torch.equal(alone.over_columns(columns[-1:])[0], ours.over_columns(columns)[-1])
+    assert torch.equal(alone.over_rows(rows[-1:])[0], ours.over_rows(rows)[-1])
 
 
 def test_the_first_kernel_does_what_it_says() -> None:

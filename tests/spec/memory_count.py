@@ -133,8 +133,8 @@ class Count(TorchDispatchMode):
 def as_on_cuda() -> Iterator[None]:
     """Let the functions around Triton's kernels run here, without the kernels."""
     from nibble import kernels
+    from nibble.kernels import balancing, layers, steps
     from nibble.kernels import launch as launching
-    from nibble.kernels import layers, steps
 
     def nothing(*args: Any, **words: Any) -> None:
         del args, words
@@ -143,7 +143,10 @@ def as_on_cuda() -> Iterator[None]:
         launching.launch: nothing,
         layers.layer_kernels: lambda device_type: layers.triton_kernels(),
         steps.step_kernels: lambda device_type: steps.StepKernels(
-            adamw_=nothing, move_=nothing, move_int8_=nothing
+            adamw_=nothing,
+            move_=nothing,
+            move_int8_=nothing,
+            squared_sums=balancing.squared_sums,
         ),
         kernels.select: _select,
         kernels.select_matmul: _select_matmul,

@@ -32,7 +32,7 @@ ROWS = {
     "gemma3-12b/3 full 2x256x2 ckpt": 0.02,
     "llama3-1b/3 full 2x256 none": 0.02,
     "llama3-8b/3 galore8-backward 2x256 ckpt": 0.04,
-    "llama3-8b/3 balanced 2x256 ckpt": 0.05,
+    "llama3-8b/3 balanced 2x256 ckpt": 0.02,
     "mixtral-8x7b/2 lora 2x256 ckpt": 0.02,
     "llama3-8b/3 lora-head 2x256 keep2": 0.02,
 }

@@ -13,14 +13,17 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from nibble.numerics.balancing import SquaredSums
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepKernels:
-    """Triton's functions, as kernels/adamw.py and kernels/move.py describe them."""
+    """Triton's functions, as kernels/adamw.py, move.py and balancing.py describe them."""
 
     adamw_: Callable[..., None]
     move_: Callable[..., None]
     move_int8_: Callable[..., None]
+    squared_sums: Callable[[Tensor], SquaredSums]
 
 
 @cache
@@ -44,6 +47,11 @@ def int8_decoder(device_type: str) -> Callable[..., Tensor] | None:
 @cache
 def triton_kernels() -> StepKernels:
     """Triton's functions; importing them needs triton."""
-    from nibble.kernels import adamw, move
+    from nibble.kernels import adamw, balancing, move
 
-    return StepKernels(adamw_=adamw.adamw_, move_=move.move_, move_int8_=move.move_int8_)
+    return StepKernels(
+        adamw_=adamw.adamw_,
+        move_=move.move_,
+        move_int8_=move.move_int8_,
+        squared_sums=balancing.squared_sums,
+    )

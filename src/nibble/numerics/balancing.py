@@ -10,6 +10,7 @@ of columns: two products of the squares with a vector, so X itself is not scaled
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,33 +23,55 @@ NOTHING = 1e-12
 Sum = Callable[[Sequence[Tensor]], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SquaredSums:
+    """Weighted sums of the squares of some matrices [k, m, n], float32: `over_columns` takes
+    weights [k, n] and gives [k, m], `over_rows` takes [k, m] and gives [k, n].
+    """
+
+    over_columns: Callable[[Tensor], Tensor]
+    over_rows: Callable[[Tensor], Tensor]
+
+
+def squared_sums(matrices: Tensor) -> SquaredSums:
+    """Those of `matrices` [k, m, n] of any type; holds their squares in float32."""
+    squares = matrices.to(torch.float32, copy=True).square_()
+    return SquaredSums(
+        over_columns=lambda weights: (squares @ weights.unsqueeze(2)).squeeze(2),
+        over_rows=lambda weights: (squares.mT @ weights.unsqueeze(2)).squeeze(2),
+    )
+
+
 def balancing_factors(
-    squares: Tensor,
+    sums: SquaredSums,
+    first: Tensor,
     *,
+    mean: Tensor,
     shape: tuple[int, int],
     sum_rows: Sum | None = None,
     sum_columns: Sum | None = None,
     num_rounds: int = NUM_ROUNDS,
 ) -> tuple[Tensor, Tensor]:
-    """Factors (a [k, m], b [k, n]) of matrices, given their float32 `squares` [k, m, n], which have
-    a mean of 1.
+    """Factors (a [k, m], b [k, n]) of matrices X, for X over the root of its `mean` square [k].
 
-    Rows and columns of zeros get a 0. Of parts of matrices of `shape`, `sum_rows` adds the sums
-    over columns of all parts, or `sum_columns` those over rows, in place.
+    `first` [k, m] is what `sums` give of rows with weights of 1; it is changed. Rows and columns
+    of zeros get a 0. Of parts of matrices of `shape`, `sum_rows` adds the sums over columns of all
+    parts, or `sum_columns` those over rows, in place; `mean` is of the whole.
     """
-    num_rows, num_columns = shape
-    of_columns = squares.new_ones(squares.shape[0], squares.shape[2], 1)
-    for _ in range(num_rounds):
-        row_sums = squares @ of_columns
+    row_length, column_length = (mean.unsqueeze(1) * count for count in reversed(shape))
+    row_sums = first
+    for turn in range(num_rounds):
         if sum_rows is not None:
             sum_rows([row_sums])
-        of_rows = _inverse(row_sums.div_(num_columns))
-        column_sums = squares.mT @ of_rows
+        of_rows = _inverse(row_sums.div_(row_length))
+        column_sums = sums.over_rows(of_rows)
         if sum_columns is not None:
             sum_columns([column_sums])
-        of_columns = _inverse(column_sums.div_(num_rows))
-    return of_rows.squeeze(-1).sqrt_(), of_columns.squeeze(-1).sqrt_()
+        of_columns = _inverse(column_sums.div_(column_length))
+        if turn + 1 < num_rounds:
+            row_sums = sums.over_columns(of_columns)
+    return of_rows.sqrt_(), of_columns.sqrt_()
 
 
 def _inverse(means: Tensor) -> Tensor:
-    return torch.where(means > NOTHING, 1 / means.clamp(min=NOTHING), 0.0)
+    return means.clamp(min=NOTHING).reciprocal_().masked_fill_(means <= NOTHING, 0.0)

@@ -287,6 +287,25 @@ def project_back(small: Tensor, *, left: Tensor | None, right: Tensor | None) ->
     return whole
 
 
+def add_back(
+    matrix: Tensor,
+    small: Tensor,
+    *,
+    left: Tensor | None,
+    right: Tensor | None,
+    share: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """matrix + share back(small) in one product, in the type of both, into `out` (which may be the
+    matrix) if given.
+    """
+    if left is not None and right is not None:
+        small, right = project_back(small, left=None, right=right), None
+    one, other = (small, right.mT) if right is not None else (left, small)
+    assert one is not None
+    return torch.addmm(matrix, one.to(matrix.dtype), other.to(matrix.dtype), alpha=share, out=out)
+
+
 def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
     """Mean squared cosine of the angles between two subspaces, given by bases [m, r]; a scalar.
 

@@ -8,23 +8,23 @@ it. The projected part has momentum, the rest none, and no state either. What ro
 gradient that lies within its basis is not to be blown up: below NOISE of the gradient's norm the
 rest fades out.
 
-Squares of E are held in float32 of as many matrices as fit; E itself is made by rows, here and once
-more when weights move.
+E is made once, by a product that starts from G, in the gradient's type and in one buffer of as many
+matrices as fit; from there it is balanced, scaled and made part of the update in place, so a `Rest`
+is good until the next one is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nibble.numerics import lowrank
-from nibble.numerics.balancing import balancing_factors
+from nibble.kernels.steps import step_kernels
+from nibble.numerics import balancing, lowrank
 from nibble.optim import batches
-from nibble.optim.projection import Bases
 
 if TYPE_CHECKING:
     from nibble.optim.residuals import Matrix
@@ -33,59 +33,52 @@ SIZE = 2.0
 """Of the rest: 1/4, 1/2, 1 and 4 learnt less (dev/LOG.md)."""
 NOISE = 1e-2
 """Of a gradient's norm: several times what bfloat16 rounds off."""
-_ROW_BYTES = 16
 
 
 class Rest(NamedTuple):
-    """E = G - back(R) and its factors: `small` R in the gradient's type, `rows` [m, 1] and
-    `columns` [1, n] float32, the former for an update that is multiplied by the group's scale.
+    """E, in the gradient's type and in a buffer, and its factors: `rows` [m, 1] and `columns`
+    [1, n] float32, the former for an update that is multiplied by the group's scale.
     """
 
-    small: Tensor
+    outside: Tensor
     rows: Tensor
     columns: Tensor
 
-    def of(self, grad: Tensor, bases: Bases, rows: slice) -> Tensor:
-        """Some rows of a o E o b, float32."""
-        scaled = outside(grad, self.small, bases, rows).mul_(self.rows[rows])
-        return scaled.mul_(self.columns)
+    def scaled_(self, rows: slice) -> Tensor:
+        """Some rows of a o E o b, in the place of E: to be asked for once."""
+        return self.outside[rows].mul_(self.rows[rows]).mul_(self.columns)
 
 
-def outside(grad: Tensor, small: Tensor, bases: Bases, rows: slice) -> Tensor:
-    """Some rows of G - back(R), float32, a tensor of its own."""
-    left, right = bases
-    if left is None:
-        inside = lowrank.project_back(small[rows], left=None, right=right)
-    else:
-        inside = lowrank.project_back(small, left=left[rows], right=right)
-    return grad[rows].float() - inside
-
-
-def balanced(members: Sequence[Matrix]) -> list[Rest]:
+def balanced(members: Sequence[Matrix]) -> Iterator[Rest]:
     """The rest of each of some matrices that are alike, or of one that is cut."""
-    rows, columns = members[0].grad.shape
-    each = max(1, batches.BATCH_NBYTES // (4 * max(1, rows * columns)))
-    found: list[Rest] = []
+    grad = members[0].grad
+    each = max(1, batches.BATCH_NBYTES // max(1, grad.numel() * grad.element_size()))
+    shape = (min(each, len(members)), *grad.shape)
+    buffer = torch.empty(shape, dtype=grad.dtype, device=grad.device)
     for start in range(0, len(members), each):
-        found += _balanced(members[start : start + each])
-    return found
+        some = members[start : start + each]
+        yield from _balanced(some, buffer[: len(some)])
 
 
-def _balanced(members: Sequence[Matrix]) -> list[Rest]:
+def _balanced(members: Sequence[Matrix], outside: Tensor) -> list[Rest]:
+    """Write E of all into `outside` [k, m, n], and find its factors."""
     projection = members[0].projection
     low, part = projection.low, projection.part
-    smalls = [one.small_grad.to(one.grad.dtype) for one in members]
-    shape, device = (len(members), *members[0].grad.shape), members[0].grad.device
-    squares = torch.empty(shape, dtype=torch.float32, device=device)
-    for one, small, own in zip(members, smalls, squares, strict=True):
-        _square_(own, one, small)
+    for one, own in zip(members, outside, strict=True):
+        _outside(one, out=own)
+    kernels = step_kernels(outside.device.type)
+    sums = (kernels.squared_sums if kernels else balancing.squared_sums)(outside)
+    ones = torch.ones(len(members), outside.shape[2], device=outside.device)
+    first = sums.over_columns(ones)
     norms = [torch.linalg.vector_norm(one.grad, dtype=torch.float32) for one in members]
-    sizes = torch.stack([squares.sum((1, 2)), torch.stack(norms).square_()])
+    sizes = torch.stack([first.sum(1), torch.stack(norms).square_()])
     if part.axis is not None:
         part.sum_([sizes])
     mean = (sizes[0] / prod(part.shape)).clamp_(min=torch.finfo().tiny)
-    factors = balancing_factors(
-        squares.div_(mean.view(-1, 1, 1)),
+    factors = balancing.balancing_factors(
+        sums,
+        first,
+        mean=mean,
         shape=part.shape,
         sum_rows=part.sum_ if part.axis == 1 else None,
         sum_columns=part.sum_ if part.axis == 0 else None,
@@ -97,16 +90,13 @@ def _balanced(members: Sequence[Matrix]) -> list[Rest]:
     share = (sizes[0] / (NOISE**2 * sizes[1]).clamp_(min=torch.finfo().tiny)).clamp_(max=1.0)
     of_rows = factors[0] * (SIZE * size * share / (low.scale * mean.sqrt())).unsqueeze(-1)
     return [
-        Rest(small, own.unsqueeze(1), other.unsqueeze(0))
-        for small, own, other in zip(smalls, of_rows, factors[1], strict=True)
+        Rest(own, rows.unsqueeze(1), columns.unsqueeze(0))
+        for own, rows, columns in zip(outside, of_rows, factors[1], strict=True)
     ]
 
 
-def _square_(squares: Tensor, one: Matrix, small: Tensor) -> None:
-    """Write E o E of one matrix, some rows at a time."""
-    grad = one.grad
-    bases = one.projection.own_bases(one.state, dtype=grad.dtype)
-    step = max(1, batches.BATCH_NBYTES // (_ROW_BYTES * max(1, grad.shape[1])))
-    for start in range(0, grad.shape[0], step):
-        rows = slice(start, start + step)
-        torch.square(outside(grad, small, bases, rows), out=squares[rows])
+def _outside(one: Matrix, *, out: Tensor) -> None:
+    """G - back(R)."""
+    left, right = one.projection.own_bases(one.state, dtype=one.grad.dtype)
+    small = one.small_grad.to(one.grad.dtype)
+    lowrank.add_back(one.grad, small, left=left, right=right, share=-1.0, out=out)

@@ -37,14 +37,12 @@ from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
 _SMALL_BYTES = 48
 _ROW_BYTES = 16
 _FUSED_ROW_BYTES = 4
-_REST_BYTES = 16
 _STORES = 2
 
 
 class Terms(NamedTuple):
     """Rows of back(X) + f o G as they are; either may be absent. `update` is in the gradient's
-    type, or float32 where a rest is in it, `factor` float32 of shape [1, 1], [rows, 1] or
-    [1, columns].
+    type, `factor` float32 of shape [1, 1], [rows, 1] or [1, columns].
     """
 
     update: Tensor | None
@@ -140,17 +138,19 @@ def step_projected_(
         lengths=[p.projection.part.shape[kind.dim] for p in batch if kind.dim is not None],
         dtype=kind.grad_dtype if plain else torch.float32,
     )
-    rests: Sequence[Residual | None] = [None] * len(batch)
-    if not plain:
-        rests = residuals(
-            [
-                Matrix(piece.projection, piece.state, _matrix(piece), grad, update)
-                for piece, update, grad in zip(batch, updates, grads, strict=True)
-            ]
-        )
-    for piece, update, rest in zip(batch, updates, rests, strict=True):
-        whole = _whole(piece, update, rest)
-        _move_by_rows_(piece, whole, group=group, noise=weight_noise)
+    if plain:
+        for piece, update in zip(batch, updates, strict=True):
+            whole = _whole(piece, update, None)
+            _move_by_rows_(piece, whole, group=group, noise=weight_noise)
+        return
+    matrices = [
+        Matrix(piece.projection, piece.state, _matrix(piece), grad, update)
+        for piece, update, grad in zip(batch, updates, grads, strict=True)
+    ]
+    for index, rest in residuals(matrices):
+        whole = _whole(batch[index], updates[index], rest)
+        _move_by_rows_(batch[index], whole, group=group, noise=weight_noise)
+        del rest, whole  # and their buffer, before another is made
 
 
 def _sum_parts_(batch: list[ProjectedPiece], grads: list[Tensor]) -> None:
@@ -178,7 +178,7 @@ def _projected(piece: ProjectedPiece) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Whole:
-    """back(X) + f o G, to be had by rows."""
+    """back(X) + f o G, or back(X) and a rest, to be had by rows, and once where there is a rest."""
 
     small: Tensor | None
     bases: Bases
@@ -191,13 +191,13 @@ class _Whole:
         update = None
         if self.small is not None:
             left, right = self.bases
-            if left is None:
-                update = lowrank.project_back(self.small[rows], left=None, right=right)
+            own = self.small if left is not None else self.small[rows]
+            some = None if left is None else left[rows]
+            if self.rest is None:
+                update = lowrank.project_back(own, left=some, right=right)
             else:
-                update = lowrank.project_back(self.small, left=left[rows], right=right)
-        if self.rest is not None:
-            assert self.matrix is not None and update is not None
-            update = self.rest.of(self.matrix, self.bases, rows).add_(update)
+                update = self.rest.scaled_(rows)
+                lowrank.add_back(update, own, left=some, right=right, out=update)
         if self.factor is None:
             return Terms(update=update, grad=None, factor=None)
         assert self.matrix is not None
@@ -248,8 +248,6 @@ def _move_by_rows_(
     shape, scale, address = projection.matrix_shape, projection.low.scale, projection.address()
     fused = step_kernels(weight.device.type) is not None
     element_bytes = _FUSED_ROW_BYTES if fused else _ROW_BYTES
-    if whole.rest is not None:
-        element_bytes += _REST_BYTES
     if piece.store is not None:
         own = noise_for(group["seed"], projection.index, piece.state["step"], _STORES)
         for rows in _chunks(whole, shape[0], element_bytes=element_bytes):

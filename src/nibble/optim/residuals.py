@@ -16,7 +16,7 @@ the norms of two steps have in common; c compares these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,28 +48,29 @@ class Matrix(NamedTuple):
     update: Tensor
 
 
-def residuals(matrices: Sequence[Matrix]) -> list[Residual]:
-    """The residual of each matrix; the norms in their states are those of this step."""
+def residuals(matrices: Sequence[Matrix]) -> Iterator[tuple[int, Residual]]:
+    """The residual of each matrix, by its index, in an order of their own; each is good until the
+    next is asked for. The norms in their states are those of this step.
+    """
     alike: dict[Any, list[int]] = {}
     for index, one in enumerate(matrices):
         is_cut = one.projection.part.axis is not None
         key = (index,) if is_cut else (one.grad.shape, one.update.shape, one.grad.dtype)
         alike.setdefault(key, []).append(index)
-    found: dict[int, Residual] = {}
     for members in alike.values():
-        made = _stacked([matrices[index] for index in members])
-        found.update(zip(members, made, strict=True))
-    return [found[index] for index in range(len(matrices))]
+        some = [matrices[index] for index in members]
+        if some[0].projection.low.residual == "balanced":
+            for index, rest in zip(members, balanced(some), strict=True):
+                one = matrices[index]
+                yield index, Residual(one.update.to(one.grad.dtype), None, rest)
+            del rest  # or its buffer stays until after the next one is made
+        else:
+            yield from zip(members, _stacked(some), strict=True)
 
 
 def _stacked(members: list[Matrix]) -> list[Residual]:
     """Of matrices that are alike, or of one."""
     low, projection = members[0].projection.low, members[0].projection
-    if low.residual == "balanced":
-        return [
-            Residual(one.update.to(one.grad.dtype), None, rest)
-            for one, rest in zip(members, balanced(members), strict=True)
-        ]
     updates = torch.stack([one.update for one in members])
     small_grads = torch.stack([one.small_grad for one in members])
     if low.residual == "tensor":

@@ -63,6 +63,11 @@ HOST_ADAPTER, HOST_MATRIX, HOST_VECTOR, HOST_UPDATE = 14.8, 12.1, 2.5, 3.1
 HOST_PROJECTED, HOST_RESIDUAL, HOST_LAYERWISE, HOST_IN_BACKWARD = 20.0, 50.0, 52.0, 100.0
 """More for each projected matrix: in its update, in one with a residual, layer by layer, and
 updated in backward."""
+HOST_BALANCED = 90.0
+"""The same with the residual balanced: operations counted, as 20 and 50 are of the others."""
+BALANCED_PRODUCTS, BALANCED_PASSES = 2.0, 17.0
+"""More for each number that a balanced residual has: flops, of each direction of the basis, and
+accesses in the gradient's type: made, squared ten times, its norm, scaled twice, added."""
 HOST_PASS, HOST_STEP = 300.0, 105.0
 """Once a pass (embedding, loss) and once a step (clipping, schedule)."""
 KERNELS_FUSED, KERNELS_UNFUSED = (16.0, 4.0), (55.0, 6.0)
@@ -188,6 +193,9 @@ class Count:
                     rows, columns = matrix_shape(tensor.shape)
                     flops += 4.0 * rows * columns * low.rank * (1.0 + refreshes)
                     projected += 1
+                    if low.residual == "balanced":
+                        flops += BALANCED_PRODUCTS * rows * columns * low.rank
+                        moved += BALANCED_PASSES * tensor.nbytes
         part = min(1.0, self.held.optimizer_state / max(1, stock.optimizer_bytes) or 1.0)
         share = CODED_BANDWIDTH_SHARE if codec == "8bit" else UPDATE_BANDWIDTH_SHARE
         launches = HOST_STEP + HOST_UPDATE * len(stock.trained)
@@ -203,6 +211,8 @@ class Count:
         """More for each projected matrix, in bare launches."""
         if self.recipe.optim.layerwise:
             return HOST_IN_BACKWARD if self.recipe.optim.in_backward else HOST_LAYERWISE
+        if low.residual == "balanced":
+            return HOST_BALANCED
         return HOST_PROJECTED if low.residual == "none" else HOST_RESIDUAL
 
     def launches(self, stage: str) -> float:

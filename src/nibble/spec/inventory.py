@@ -170,7 +170,7 @@ def inventory(recipe: Recipe, architecture: Architecture) -> Inventory:
         ),
         num_idle=architecture.sizes.num_layers // len(added) if added else 0,
         packing_bytes=packing_bytes(spec, largest),
-        update_bytes=update_bytes(recipe.optim, trained.values()),
+        update_bytes=update_bytes(recipe.optim, tuple(trained.values())),
     )
 
 

@@ -11,7 +11,7 @@ time counts, which tests/spec/test_memory_count.py compares with a count of live
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -102,7 +102,7 @@ def packing_bytes(spec: FormatSpec | None, matrix: tuple[int, int] | None) -> in
     return 2 * size + spec.nbytes(matrix) + chunk
 
 
-def update_bytes(optim: Optim, trained: Iterable[TensorSpec]) -> int:
+def update_bytes(optim: Optim, trained: Sequence[TensorSpec]) -> int:
     """The most that one batch of an update has beside weights, gradients and state."""
     rule, codec = rule_and_codec(optim)
     sizes = [(prod(tensor.shape), tensor.dtype) for tensor in trained]
@@ -118,9 +118,9 @@ def update_bytes(optim: Optim, trained: Iterable[TensorSpec]) -> int:
         if low is not None and low.residual == "fira":
             alone = min(8 * large, LIST_BYTES)  # the part outside of the basis, in fp32
         if low is not None and low.residual == "balanced":
-            total = sum(size for size, _ in sizes)
-            squares = min(4 * total, max(4 * large, LIST_BYTES))  # of one matrix at least
-            alone = squares + min(16 * large, LIST_BYTES)  # and some rows of the rest
+            projected = [tensor.nbytes for tensor in trained if low.projects(tensor.shape)]
+            # Of alike matrices as many as fit, of one at least, in the gradient's type.
+            alone = max(alone, min(sum(projected), max([*projected, LIST_BYTES])))
         return max(lists, alone)
     if rule.startswith("adafactor"):
         # Two in fp32, and what reduces them: 8.9 and 9.1 were measured. Of more, rows at a time.

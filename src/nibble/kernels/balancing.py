@@ -1,0 +1,115 @@
+"""Weighted sums of squares over rows and over columns of matrices, in Triton.
+
+The eager twin (numerics/balancing.py) writes the squares in float32 and multiplies them by vectors,
+which a GPU's products do at a fraction of its bandwidth. Here a matrix is read in its own type and
+squared on the way. A program sums whole rows; of columns each sums some rows, and the sums of
+programs are added in one order, so equal matrices give equal bits, whatever is beside them.
+"""
+
+# Triton's kernels are programs of their own language, and its decorator has no types.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nibble.kernels.launch import launch
+from nibble.numerics.balancing import SquaredSums
+
+OVER_COLUMNS = (4, 1024)
+OVER_ROWS = (16, 256)
+"""Rows and columns of a tile."""
+NUM_PROGRAMS = 1024
+"""For each matrix, to keep a large GPU busy, where it has as many tiles."""
+NUM_WARPS = 4
+
+
+@triton.jit
+def _over_columns_kernel(
+    matrices, weights, sums, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    which = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    starts = matrices + (which * num_rows + row[:, None]) * num_columns
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, num_columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row[:, None] < num_rows) & (column[None, :] < num_columns)
+        x = tl.load(starts + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(
+            weights + which * num_columns + column, mask=column < num_columns, other=0.0
+        )
+        total += x * x * weight[None, :]
+    tl.store(sums + which * num_rows + row, tl.sum(total, axis=1), mask=row < num_rows)
+
+
+@triton.jit
+def _over_rows_kernel(
+    matrices,
+    weights,
+    sums,
+    num_rows,
+    num_columns,
+    num_parts,
+    part_rows,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    part, which = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, part_rows, ROWS):
+        row = part * part_rows + start + tl.arange(0, ROWS)
+        there = row < num_rows
+        inside = there[:, None] & (column[None, :] < num_columns)
+        at = (which * num_rows + row[:, None]) * num_columns + column[None, :]
+        x = tl.load(matrices + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weights + which * num_rows + row, mask=there, other=0.0)
+        total += x * x * weight[:, None]
+    target = sums + (which * num_parts + part) * num_columns + column
+    tl.store(target, tl.sum(total, axis=0), mask=column < num_columns)
+
+
+def squared_sums(matrices: Tensor) -> SquaredSums:
+    """Those of contiguous `matrices` [k, m, n], float32 or bfloat16 or float16; holds nothing."""
+    count, num_rows, num_columns = matrices.shape
+    assert matrices.is_contiguous()
+
+    def over_columns(weights: Tensor) -> Tensor:
+        sums = torch.empty(count, num_rows, dtype=torch.float32, device=matrices.device)
+        launch(
+            _over_columns_kernel,
+            (-(-num_rows // OVER_COLUMNS[0]), count),
+            (matrices, weights.contiguous(), sums),
+            num_rows,
+            num_columns,
+            *OVER_COLUMNS,
+            num_warps=NUM_WARPS,
+        )
+        return sums
+
+    def over_rows(weights: Tensor) -> Tensor:
+        tile_rows, tile_columns = OVER_ROWS
+        across = -(-num_columns // tile_columns)
+        num_parts = max(1, min(NUM_PROGRAMS // across, -(-num_rows // tile_rows)))
+        part_rows = -(-num_rows // (num_parts * tile_rows)) * tile_rows
+        num_parts = -(-num_rows // part_rows)
+        shape = (count, num_parts, num_columns)
+        parts = torch.empty(shape, dtype=torch.float32, device=matrices.device)
+        launch(
+            _over_rows_kernel,
+            (across, num_parts, count),
+            (matrices, weights.contiguous(), parts),
+            num_rows,
+            num_columns,
+            num_parts,
+            part_rows,
+            *OVER_ROWS,
+            num_warps=NUM_WARPS,
+        )
+        return parts.sum(1)
+
+    return SquaredSums(over_columns=over_columns, over_rows=over_rows)
