@@ -42,10 +42,13 @@ from torch import Tensor, nn
 from nibble.numerics import cholesky, lowrank
 from nibble.optim import Optimizer, layerwise_
 from nibble.optim.refresh import Due, refresh_
+from nibble.spec.lowrank import METHODS
 from nibble.spec.units import GIB
 
 PARTS = ("refresh", "update", "step", "small")
 OURS = (("fp32", False), ("bf16", False), ("8bit", False), ("8bit", True), ("bf16", True))
+WITH_RESIDUAL = ("fira", "balanced", "apollo", "apollo-mini")
+"""Methods that add something of the gradient outside of the basis, with 8-bit states."""
 TABLE = (
     *("row", "ms", "host_ms", "ratio", "seconds", "tokens_per_s"),
     *("state_gib", "peak_gib", "reserved_gib", "out_of_memory"),
@@ -195,6 +198,8 @@ def _ours(tensors: Set, *, codec: str, layerwise: bool = False, **options: Any) 
         **options,
     }
     rest = [param for param in tensors.params if param not in chosen]
+    if low_rank["basis"] == "seeded":  # made again when it is needed
+        del low_rank["basis_storage"]
     groups = [{"params": rest}, {"params": matrices, **low_rank}]
     optimizer = Optimizer(groups, lr=1e-4, codec=codec, stochastic_rounding=True)
     if layerwise:
@@ -380,6 +385,11 @@ def _updates(
             ),
             layerwise,
         )
+    for method in WITH_RESIDUAL:
+        words = {**METHODS[method], "update_proj_gap": 100_000, "codec": "8bit"}
+        if words.get("basis") == "svd":  # which is the same in a steady step, and minutes to make
+            words["basis"] = "randomised"
+        rows[f"update: nibble {method} 8bit"] = (lambda words=words: _ours(tensors, **words), False)
     full = lambda: Optimizer(  # noqa: E731
         tensors.params, lr=1e-4, codec="8bit", stochastic_rounding=True
     )
