@@ -81,6 +81,12 @@ ROWS = {
             train={"activation_offload": True},
         ),
         Row(
+            name="nibble balanced 8bit in backward",
+            cap="23.5GiB",
+            batch=(16, 256),
+            optim={**GALORE, **NOW, "method": "balanced", "state": "8bit"},
+        ),
+        Row(
             name="galore_torch layer-wise, without refreshes",
             cap="23.5GiB",
             batch=(16, 256),

@@ -299,14 +299,38 @@ def test_sums_of_squares(
     """Few programs have many tiles each, the last of them none or half of one."""
     monkeypatch.setattr(balancing_kernels, "NUM_PROGRAMS", programs)
     matrices = normal(*size).to(dtype)
-    ours, eager = TRITON.squared_sums(matrices), balancing.squared_sums(matrices)
+    ours, eager = TRITON.balancing.squared_sums(matrices), balancing.squared_sums(matrices)
     columns, rows = normal(size[0], size[2], seed=1).square(), normal(*size[:2], seed=2).square()
     torch.testing.assert_close(ours.over_columns(columns), eager.over_columns(columns))
     torch.testing.assert_close(ours.over_rows(rows), eager.over_rows(rows))
     # Each matrix is its own: bits do not hang on those beside it.
-    alone = TRITON.squared_sums(matrices[-1:].contiguous())
+    alone = TRITON.balancing.squared_sums(matrices[-1:].contiguous())
     assert torch.equal(alone.over_columns(columns[-1:])[0], ours.over_columns(columns)[-1])
     assert torch.equal(alone.over_rows(rows[-1:])[0], ours.over_rows(rows)[-1])
+
+
+@pytest.mark.parametrize("num", [1, 1024, 1500])
+def test_inverse_means(num: int) -> None:
+    sums = normal(3, num).square()
+    sums[:, 0] = 0.0
+    sums[1, -1] = balancing.NOTHING  # half of it is its mean
+    lengths = torch.tensor([0.5, 2.0, 1e3], device=DEVICE)
+    expected = balancing.inverse_means_(sums.clone(), lengths)
+    assert not expected[:, 0].any() and expected[1, -1] == 0 and expected.isfinite().all()
+    torch.testing.assert_close(TRITON.balancing.inverse_means_(sums.clone(), lengths), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1030), (9, 300)])
+def test_scaling_rows_and_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = normal(*shape).to(dtype)
+    rows, columns = normal(shape[0], 1, seed=1), normal(1, shape[1], seed=2)
+    expected = (matrix.double() * rows * columns).to(dtype)
+    for scale_ in (TRITON.balancing.scale_, balancing.scale_):
+        made = matrix.clone()
+        assert scale_(made, rows, columns) is made
+        rtol = 1e-6 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(made, expected, rtol=rtol, atol=0)
 
 
 def test_the_first_kernel_does_what_it_says() -> None:

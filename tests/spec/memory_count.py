@@ -146,7 +146,7 @@ def as_on_cuda() -> Iterator[None]:
             adamw_=nothing,
             move_=nothing,
             move_int8_=nothing,
-            squared_sums=balancing.squared_sums,
+            balancing=balancing.TRITON,
         ),
         kernels.select: _select,
         kernels.select_matmul: _select_matmul,

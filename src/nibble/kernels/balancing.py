@@ -1,4 +1,4 @@
-"""Weighted sums of squares over rows and over columns of matrices, in Triton.
+"""Balancing in Triton: weighted sums of squares over rows and columns, and what is made of them.
 
 The eager twin (numerics/balancing.py) writes the squares in float32 and multiplies them by vectors,
 which a GPU's products do at a fraction of its bandwidth. Here a matrix is read in its own type and
@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.launch import launch
-from nibble.numerics.balancing import SquaredSums
+from nibble.numerics.balancing import NOTHING, Balancing, SquaredSums
 
-OVER_COLUMNS = (4, 1024)
-OVER_ROWS = (16, 256)
+OVER_COLUMNS, OVER_ROWS, SCALED = (4, 1024), (16, 256), (4, 1024)
 """Rows and columns of a tile."""
+INVERTED = 1024
 NUM_PROGRAMS = 1024
 """For each matrix, to keep a large GPU busy, where it has as many tiles."""
 NUM_WARPS = 4
@@ -73,6 +73,31 @@ def _over_rows_kernel(
     tl.store(target, tl.sum(total, axis=0), mask=column < num_columns)
 
 
+@triton.jit
+def _inverse_kernel(sums, lengths, num, NOTHING: tl.constexpr, EACH: tl.constexpr):
+    which = tl.program_id(1)
+    index = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    target = sums + which * num + index
+    mean = tl.load(target, mask=index < num, other=1.0) / tl.load(lengths + which)
+    inverse = tl.where(mean > NOTHING, 1.0 / tl.maximum(mean, NOTHING), 0.0)
+    tl.store(target, inverse, mask=index < num)
+
+
+@triton.jit
+def _scale_kernel(
+    matrix, rows, columns, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there, across = row < num_rows, column < num_columns
+    target = matrix + row[:, None] * num_columns + column[None, :]
+    inside = there[:, None] & across[None, :]
+    x = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    x = x * tl.load(rows + row, mask=there, other=0.0)[:, None]
+    x = x * tl.load(columns + column, mask=across, other=0.0)[None, :]
+    tl.store(target, x.to(matrix.dtype.element_ty), mask=inside)
+
+
 def squared_sums(matrices: Tensor) -> SquaredSums:
     """Those of contiguous `matrices` [k, m, n], float32 or bfloat16 or float16; holds nothing."""
     count, num_rows, num_columns = matrices.shape
@@ -113,3 +138,31 @@ def squared_sums(matrices: Tensor) -> SquaredSums:
         return parts.sum(1)
 
     return SquaredSums(over_columns=over_columns, over_rows=over_rows)
+
+
+def inverse_means_(sums: Tensor, lengths: Tensor) -> Tensor:
+    """Balancing's, of contiguous sums."""
+    count, num = sums.shape
+    assert sums.is_contiguous()
+    grid = (-(-num // INVERTED), count)
+    launch(_inverse_kernel, grid, (sums, lengths), num, NOTHING, INVERTED, num_warps=NUM_WARPS)
+    return sums
+
+
+def scale_(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Balancing's, of a contiguous matrix."""
+    num_rows, num_columns = matrix.shape
+    assert matrix.is_contiguous() and rows.is_contiguous() and columns.is_contiguous()
+    launch(
+        _scale_kernel,
+        (-(-num_rows // SCALED[0]), -(-num_columns // SCALED[1])),
+        (matrix, rows, columns),
+        num_rows,
+        num_columns,
+        *SCALED,
+        num_warps=NUM_WARPS,
+    )
+    return matrix
+
+
+TRITON = Balancing(squared_sums=squared_sums, inverse_means_=inverse_means_, scale_=scale_)

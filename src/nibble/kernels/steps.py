@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from nibble.numerics.balancing import SquaredSums
+from nibble.numerics.balancing import Balancing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class StepKernels:
     adamw_: Callable[..., None]
     move_: Callable[..., None]
     move_int8_: Callable[..., None]
-    squared_sums: Callable[[Tensor], SquaredSums]
+    balancing: Balancing
 
 
 @cache
@@ -53,5 +53,5 @@ def triton_kernels() -> StepKernels:
         adamw_=adamw.adamw_,
         move_=move.move_,
         move_int8_=move.move_int8_,
-        squared_sums=balancing.squared_sums,
+        balancing=balancing.TRITON,
     )

@@ -33,6 +33,20 @@ class SquaredSums:
     over_rows: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Balancing:
+    """What balancing does with large tensors: here eagerly, or by kernels/balancing.py.
+
+    squared_sums     of matrices [k, m, n] of any type
+    inverse_means_   sums [k, l] become l / sums for lengths l [k], in place; what is NOTHING, 0
+    scale_           a matrix [m, n] times rows [m, 1] and columns [1, n], in place, rounded once
+    """
+
+    squared_sums: Callable[[Tensor], SquaredSums]
+    inverse_means_: Callable[[Tensor, Tensor], Tensor]
+    scale_: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 def squared_sums(matrices: Tensor) -> SquaredSums:
     """Those of `matrices` [k, m, n] of any type; holds their squares in float32."""
     squares = matrices.to(torch.float32, copy=True).square_()
@@ -42,11 +56,26 @@ def squared_sums(matrices: Tensor) -> SquaredSums:
     )
 
 
+def inverse_means_(sums: Tensor, lengths: Tensor) -> Tensor:
+    """Balancing's, eagerly."""
+    nothing = sums.div_(lengths.unsqueeze(1)) <= NOTHING
+    return sums.clamp_(min=NOTHING).reciprocal_().masked_fill_(nothing, 0.0)
+
+
+def scale_(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Balancing's, eagerly."""
+    return matrix.copy_(matrix.float().mul_(rows).mul_(columns))
+
+
+EAGER = Balancing(squared_sums=squared_sums, inverse_means_=inverse_means_, scale_=scale_)
+
+
 def balancing_factors(
     sums: SquaredSums,
     first: Tensor,
     *,
     mean: Tensor,
+    inverse_means_: Callable[[Tensor, Tensor], Tensor],
     shape: tuple[int, int],
     sum_rows: Sum | None = None,
     sum_columns: Sum | None = None,
@@ -58,20 +87,16 @@ def balancing_factors(
     of zeros get a 0. Of parts of matrices of `shape`, `sum_rows` adds the sums over columns of all
     parts, or `sum_columns` those over rows, in place; `mean` is of the whole.
     """
-    row_length, column_length = (mean.unsqueeze(1) * count for count in reversed(shape))
+    row_length, column_length = (mean * count for count in reversed(shape))
     row_sums = first
     for turn in range(num_rounds):
         if sum_rows is not None:
             sum_rows([row_sums])
-        of_rows = _inverse(row_sums.div_(row_length))
+        of_rows = inverse_means_(row_sums, row_length)
         column_sums = sums.over_rows(of_rows)
         if sum_columns is not None:
             sum_columns([column_sums])
-        of_columns = _inverse(column_sums.div_(column_length))
+        of_columns = inverse_means_(column_sums, column_length)
         if turn + 1 < num_rounds:
             row_sums = sums.over_columns(of_columns)
     return of_rows.sqrt_(), of_columns.sqrt_()
-
-
-def _inverse(means: Tensor) -> Tensor:
-    return means.clamp(min=NOTHING).reciprocal_().masked_fill_(means <= NOTHING, 0.0)

@@ -46,7 +46,8 @@ class Rest(NamedTuple):
 
     def scaled_(self, rows: slice) -> Tensor:
         """Some rows of a o E o b, in the place of E: to be asked for once."""
-        return self.outside[rows].mul_(self.rows[rows]).mul_(self.columns)
+        some = self.outside[rows]
+        return _steps(some).scale_(some, self.rows[rows], self.columns)
 
 
 def balanced(members: Sequence[Matrix]) -> Iterator[Rest]:
@@ -66,8 +67,8 @@ def _balanced(members: Sequence[Matrix], outside: Tensor) -> list[Rest]:
     low, part = projection.low, projection.part
     for one, own in zip(members, outside, strict=True):
         _outside(one, out=own)
-    kernels = step_kernels(outside.device.type)
-    sums = (kernels.squared_sums if kernels else balancing.squared_sums)(outside)
+    steps = _steps(outside)
+    sums = steps.squared_sums(outside)
     ones = torch.ones(len(members), outside.shape[2], device=outside.device)
     first = sums.over_columns(ones)
     norms = [torch.linalg.vector_norm(one.grad, dtype=torch.float32) for one in members]
@@ -79,6 +80,7 @@ def _balanced(members: Sequence[Matrix], outside: Tensor) -> list[Rest]:
         sums,
         first,
         mean=mean,
+        inverse_means_=steps.inverse_means_,
         shape=part.shape,
         sum_rows=part.sum_ if part.axis == 1 else None,
         sum_columns=part.sum_ if part.axis == 0 else None,
@@ -93,6 +95,11 @@ def _balanced(members: Sequence[Matrix], outside: Tensor) -> list[Rest]:
         Rest(own, rows.unsqueeze(1), columns.unsqueeze(0))
         for own, rows, columns in zip(outside, of_rows, factors[1], strict=True)
     ]
+
+
+def _steps(tensor: Tensor) -> balancing.Balancing:
+    kernels = step_kernels(tensor.device.type)
+    return balancing.EAGER if kernels is None else kernels.balancing
 
 
 def _outside(one: Matrix, *, out: Tensor) -> None:
