@@ -2,8 +2,8 @@
 
 The eager twin (numerics/balancing.py) writes the squares in float32 and multiplies them by vectors,
 which a GPU's products do at a fraction of its bandwidth. Here a matrix is read in its own type and
-squared on the way. A program sums whole rows; of columns each sums some rows, and the sums of
-programs are added in one order, so equal matrices give equal bits, whatever is beside them.
+squared on the way. A program sums whole rows; of columns each sums some rows, and another kernel
+adds these parts in their order, so equal matrices give equal bits, whatever is beside them.
 """
 
 # Triton's kernels are programs of their own language, and its decorator has no types.
@@ -21,9 +21,11 @@ from nibble.numerics.balancing import NOTHING, Balancing, SquaredSums
 
 OVER_COLUMNS, OVER_ROWS, SCALED = (4, 1024), (16, 256), (4, 1024)
 """Rows and columns of a tile."""
-INVERTED = 1024
-NUM_PROGRAMS = 1024
-"""For each matrix, to keep a large GPU busy, where it has as many tiles."""
+ADDED, INVERTED = 256, 1024
+NUM_PROGRAMS, MAX_PARTS = 1024, 64
+"""For each matrix, to keep a large GPU busy, where it has as many tiles; but a narrow one is not
+cut into more parts than are quickly added.
+"""
 NUM_WARPS = 4
 
 
@@ -74,6 +76,17 @@ def _over_rows_kernel(
 
 
 @triton.jit
+def _add_parts_kernel(parts, sums, num_parts, num, EACH: tl.constexpr):
+    which = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    total = tl.zeros([EACH], tl.float32)
+    for part in range(num_parts):
+        at = (which * num_parts + part) * num + index
+        total += tl.load(parts + at, mask=index < num, other=0.0)
+    tl.store(sums + which * num + index, total, mask=index < num)
+
+
+@triton.jit
 def _inverse_kernel(sums, lengths, num, NOTHING: tl.constexpr, EACH: tl.constexpr):
     which = tl.program_id(1)
     index = tl.program_id(0) * EACH + tl.arange(0, EACH)
@@ -119,7 +132,7 @@ def squared_sums(matrices: Tensor) -> SquaredSums:
     def over_rows(weights: Tensor) -> Tensor:
         tile_rows, tile_columns = OVER_ROWS
         across = -(-num_columns // tile_columns)
-        num_parts = max(1, min(NUM_PROGRAMS // across, -(-num_rows // tile_rows)))
+        num_parts = max(1, min(NUM_PROGRAMS // across, -(-num_rows // tile_rows), MAX_PARTS))
         part_rows = -(-num_rows // (num_parts * tile_rows)) * tile_rows
         num_parts = -(-num_rows // part_rows)
         shape = (count, num_parts, num_columns)
@@ -135,7 +148,10 @@ def squared_sums(matrices: Tensor) -> SquaredSums:
             *OVER_ROWS,
             num_warps=NUM_WARPS,
         )
-        return parts.sum(1)
+        sums = torch.empty(count, num_columns, dtype=torch.float32, device=matrices.device)
+        grid = (-(-num_columns // ADDED), count)
+        launch(_add_parts_kernel, grid, (parts, sums), num_parts, num_columns, ADDED, num_warps=2)
+        return sums
 
     return SquaredSums(over_columns=over_columns, over_rows=over_rows)
 
