@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nibble.errors import ConfigError
 from nibble.numerics import lowrank
+from nibble.numerics.balancing import NUM_ROUNDS
 from nibble.optim import Optimizer, balanced, batches
 from nibble.optim.residuals import Matrix, residuals
 
@@ -18,7 +19,7 @@ def dense(one: Matrix, *, scale: float) -> Tensor:
     left, right = one.projection.own_bases(one.state, dtype=torch.float64)
     grad, small, update = one.grad.double(), one.small_grad.double(), one.update.double()
     rest = grad - lowrank.project_back(small, left=left, right=right)
-    for _ in range(5):
+    for _ in range(NUM_ROUNDS):
         rest = rest / rest.square().mean(1, keepdim=True).sqrt()
         rest = rest / rest.square().mean(0, keepdim=True).sqrt()
     rest = rest * balanced.SIZE * update.square().mean().sqrt() / scale

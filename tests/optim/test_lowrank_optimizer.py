@@ -12,7 +12,7 @@ from same_state import assert_equal
 from torch import Tensor, nn
 
 from nibble.errors import CheckpointError, ConfigError
-from nibble.numerics import lowrank
+from nibble.numerics import balancing, lowrank
 from nibble.optim import (
     GroupRule,
     Optimizer,
@@ -225,7 +225,7 @@ def reference(
         last = rest.norm().item()
         outside = grad - basis @ small
         first, second = (0, 1) if flip else (1, 0)  # rows of the matrix as it is, then columns
-        for _ in range(5):
+        for _ in range(balancing.NUM_ROUNDS):
             outside = outside / outside.square().mean(first, keepdim=True).sqrt()
             outside = outside / outside.square().mean(second, keepdim=True).sqrt()
         whole = {
