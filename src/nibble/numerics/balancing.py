@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 NUM_ROUNDS = 5
-"""As in the paper. One learnt less, and so did three, though they leave rows within 0.4 % of one
-size in the mean (dev/LOG.md).
+"""As in the paper. One learnt less, three a little less, though they leave rows within 0.4 % of one
+size in the mean, and eight no more (dev/LOG.md).
 """
 NOTHING = 1e-12
 """Of the mean square: rows and columns below are left at zero."""
