@@ -27,6 +27,7 @@ from typing import Any
 import step
 import torch
 import yaml
+from loop_run import loop_run
 from random_model import CASES, assemble_random, write_config
 
 from nibble.nn.attention import PACKED, attention_name
@@ -165,7 +166,7 @@ def _seconds(
     if selective and attention_name(type(model), assembly.built.config) == PACKED:
         model.set_attn_implementation(PACKED)  # type: ignore[operator]
     fill(assembly, place, activations=Activations.of(recipe.train))
-    run = step._run(recipe, assembly, place, Path(folder))
+    run = loop_run(assembly, place, Path(folder))
     vocabulary = assembly.built.config.get_text_config().vocab_size
     steps = step.RandomSteps(vocabulary=vocabulary, rows=rows, length=length)
     place.reset_memory()

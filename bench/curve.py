@@ -199,7 +199,7 @@ def nibble_curve(
     options: argparse.Namespace, steps: Sequence[Step], folder: Path, same: Same
 ) -> list[float]:
     """Losses of nibble's loop; `same` gets what it began with."""
-    from step import _run
+    from loop_run import loop_run
 
     from nibble.nn.adapters import adapters
     from nibble.nn.quant import dense_weight
@@ -225,7 +225,7 @@ def nibble_curve(
         same.adapters[f"{name}.lora_A"] = adapter.lora_A.detach().cpu().clone()
         weight = dense_weight(adapter.base, torch.bfloat16)
         same.base[f"{name}.weight"] = weight.detach().cpu().clone()
-    run = _run(recipe, assembly, place, folder)
+    run = loop_run(assembly, place, folder)
     run.state.schedule = Schedule(
         run.state.optimizer, name="cosine", total_steps=len(steps), warmup_steps=_warmup(steps)
     )

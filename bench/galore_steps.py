@@ -22,8 +22,9 @@ import torch
 import yaml
 from galore_peers import has, hook_galore
 from kernel_times import kernel_times
+from loop_run import loop_run
 from random_model import LLAMA, assemble_random, write_config
-from step import RandomSteps, _built, _run
+from step import RandomSteps, _built
 from torch import nn
 from torch.nn import functional as F
 
@@ -274,7 +275,7 @@ def _ours(
 ) -> dict[str, Any]:
     """tokens/s of nibble's loop, all refreshes counted."""
     assembly = _int8_built(recipe, place) if row.int8 else _built(recipe, place)[0]
-    run = _run(recipe, assembly, place, folder)
+    run = loop_run(assembly, place, folder)
     if row.int8:
         stores = {
             module.weight: Int8Store(codes=module.codes, scales=module.scales)

@@ -37,6 +37,7 @@ from typing import Any, TextIO
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from loop_run import loop_run
 from plan_rows import Row, all_rows, shrunk, tiny
 from plan_table import report
 from random_model import assemble_random, write_config
@@ -53,18 +54,13 @@ from nibble.spec.arch import from_config
 from nibble.spec.config import Recipe
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
-from nibble.train.begin import autocast_of, training_state
-from nibble.train.checkpoint import Checkpoints
 from nibble.train.folder import gather_versions
-from nibble.train.interrupt import Interrupt
-from nibble.train.loop import Settings, _Run
-from nibble.train.report import Report
+from nibble.train.loop import _Run
 from nibble.train.state import seed_everything
 from nibble.use.assemble import Assembly, fill
 from nibble.use.calibrate import operation_s
-from nibble.use.objective import held_out_loss, objective
+from nibble.use.objective import held_out_loss
 
-NUM_SCHEDULED_STEPS = 1000
 NUM_STEPS = 4
 TIMED_S, MAX_TIMED = 0.5, 20
 POOL_NUMEL = 1 << 26
@@ -260,7 +256,7 @@ def _measured(
         _wait(device)
         memory = {"load": _peaks(device, base)}
         build_s = time.perf_counter() - began
-        run = _run(assembly, place, folder)
+        run = loop_run(assembly, place, folder)
         place.reset_memory()  # as a run does when it is loaded
         steps = _batches(row, vocabulary=assembly.built.config.get_text_config().vocab_size)
         walls = [_timed(run, steps, device)]
@@ -308,27 +304,6 @@ def _filled(recipe: Recipe, place: Placement, pool: Tensor) -> Assembly:
         assembly.model.set_attn_implementation(PACKED)  # type: ignore[operator]
     fill(assembly, place, activations=Activations.of(train))
     return assembly
-
-
-def _run(assembly: Assembly, place: Placement, folder: Path) -> _Run:
-    """What `run.train` hands to the loop, with nothing to load from and nowhere to report to."""
-    recipe, model = assembly.recipe, assembly.model
-    nothing: Any = iter(())
-    state = training_state(recipe, model, place, nothing, total_steps=NUM_SCHEDULED_STEPS)
-    settings = Settings(
-        max_steps=NUM_SCHEDULED_STEPS,
-        steps_per_epoch=float(NUM_SCHEDULED_STEPS),
-        max_grad_norm=recipe.optim.max_grad_norm,
-        autocast=autocast_of(recipe),
-    )
-    loss = place.around(
-        objective(
-            assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
-        )
-    )
-    model.train()
-    checkpoints = Checkpoints(folder / "run", keep=1)
-    return _Run(state, place, loss, settings, Report(), checkpoints, None, Interrupt())
 
 
 def _batches(row: Row, *, vocabulary: int) -> Iterator[list[Batch]]:

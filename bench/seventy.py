@@ -38,8 +38,9 @@ if "--exact" in sys.argv:
 import torch
 import yaml
 from host_bytes import GIB, Sampler, age_s, pinned_bytes
+from loop_run import loop_run
 from random_model import CASES, RandomWeights, assemble_random, write_config
-from step import RandomSteps, _run
+from step import RandomSteps
 from torch import Tensor
 
 from nibble.place import Group, placement
@@ -174,7 +175,7 @@ def _measure_all(options: argparse.Namespace, recipe: Recipe, group: Group, fold
         place.copy = slow_bus(options.bus_gbs, place.device)
     began = time.perf_counter()
     assembly = _filled(options, recipe, place)
-    run = _run(recipe, assembly, place, folder)
+    run = loop_run(assembly, place, folder)
     _wait(place)
     load_s = time.perf_counter() - began
     if isinstance(place, Stream) and place.host is not None:

@@ -44,10 +44,10 @@ import torch
 import yaml
 from flops import shares, step_flops
 from kernel_times import kernel_times
+from loop_run import loop_run
 from packed_rows import micro_batches, tokens_a_row
 from random_model import CASES, assemble_random, write_config
 
-from nibble import optim
 from nibble.data import Batch
 from nibble.errors import ConfigError
 from nibble.nn.attention import PACKED, attention_name
@@ -61,17 +61,12 @@ from nibble.spec.graphs import wish
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
 from nibble.spec.units import GIB, parse_bytes
-from nibble.train.checkpoint import Checkpoints
 from nibble.train.folder import gather_versions
-from nibble.train.interrupt import Interrupt
-from nibble.train.loop import Settings, _Run
-from nibble.train.report import Report
-from nibble.train.state import TrainState, seed_everything
+from nibble.train.loop import _Run
+from nibble.train.state import seed_everything
 from nibble.use.assemble import Assembly, fill
-from nibble.use.objective import objective
 
 IGNORE = -100
-NUM_SCHEDULED_STEPS = 1000
 FUSED = {"on": (True,), "off": (False,), "both": (False, True)}
 
 
@@ -215,7 +210,7 @@ def _rows(
         versions=gather_versions(seed=recipe.train.seed) | {"command": None},
         commit=os.environ.get("NIBBLE_COMMIT"),
     )
-    run = _run(recipe, assembly, place, folder)
+    run = loop_run(assembly, place, folder)
     for word in batches:
         # A run of its own for each size: none finds the graphs of another, nor their memory.
         gc.collect()
@@ -283,35 +278,6 @@ def _about(options: argparse.Namespace, assembly: Assembly, place: Placement) ->
         if on_gpu
         else f"cpu, {torch.get_num_threads()} threads",
     }
-
-
-def _run(recipe: Recipe, assembly: Assembly, place: Placement, folder: Path) -> _Run:
-    """What `run.train` hands to the loop, with nothing to load from and nowhere to report to."""
-    model = assembly.model
-    trained = place.trained(model)
-    optimizer, schedule = optim.build(
-        trained,
-        recipe.optim,
-        total_steps=NUM_SCHEDULED_STEPS,
-        seed=recipe.train.seed,
-        views={name: place.view(name) for name in trained},
-    )
-    loss = place.around(
-        objective(
-            assembly.built.family, task=recipe.model.task, chunk=recipe.train.loss_chunk_tokens
-        )
-    )
-    loader = RandomSteps(vocabulary=1, rows=1, length=2)
-    state = TrainState(model=model, optimizer=optimizer, schedule=schedule, loader=loader)
-    settings = Settings(
-        max_steps=NUM_SCHEDULED_STEPS,
-        steps_per_epoch=float(NUM_SCHEDULED_STEPS),
-        max_grad_norm=recipe.optim.max_grad_norm,
-        graphs=wish(recipe),
-    )
-    model.train()
-    checkpoints = Checkpoints(folder / "run", keep=1)
-    return _Run(state, place, loss, settings, Report(), checkpoints, None, Interrupt())
 
 
 def _measure(

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import plan_error
 import plan_rows
+from loop_run import loop_run
 from memory_count import BATCH_NBYTES, FUSED_NUMEL, Count, as_on_cuda
 
 from nibble.place import Group, placement
@@ -64,7 +65,7 @@ def counted(recipe: Recipe, row: plan_rows.Row, folder: Path) -> dict[str, int]:
         before = count.live
         place = placement(recipe.place, Group.alone(torch.device("cpu")), optim=recipe.optim)
         assembly = plan_error._filled(recipe, place, pool)
-        run = plan_error._run(assembly, place, folder)
+        run = loop_run(assembly, place, folder)
         steps = plan_error._batches(row, vocabulary=4096)
         before += pool.nbytes  # counted when it was first looked at
         run.step(next(steps))
