@@ -1,7 +1,7 @@
 """What the plan says against what a GPU measures, over many configurations (plan_rows.py).
 
-    python bench/plan_error.py [--part fit|held|all] [--shard I/N] [--limit-s S] [--only WORD]
-                               [--out FILE]
+    python bench/plan_error.py [--part fit|held|all] [--shard I/N] [--limit-s S]
+                               [--only WORD,...] [--graphs auto|off] [--out FILE]
     python bench/plan_error.py --tiny                  every row's kind on a CPU, nothing measured
     python bench/plan_error.py report FILE... [--again] [--worst N]
 
@@ -10,11 +10,13 @@ with random weights, its placement, optimiser and loss; four steps and an evalua
 is freed, which is checked. Peaks are torch's own of each phase; what the allocator had reserved is
 compared with the plan without the CUDA context, which is measured once. A step's time is the median
 of those that follow, TIMED_S of them. Host memory is the process's own peak over what it was before
-the row. The card's row in the user's file is the machine's, so calibrate it first.
+the row. The card's row in the user's file is the machine's, so calibrate it first. Whether passes
+are replayed as CUDA graphs is decided for each row as `nibble train` decides it; --graphs off runs
+all of them eagerly.
 
 One JSON line a row. `report` makes the table of errors from such files, rows that calibrated the
 plan and rows held out apart; --again plans them anew with the code as it is now, each for the card
-as it was known to the file's first line.
+as it was known to the file's first line, and with graphs where it had them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -52,6 +54,7 @@ from nibble.place.base import Placement
 from nibble.place.devices import pick_device
 from nibble.spec.arch import from_config
 from nibble.spec.config import Recipe
+from nibble.spec.decide import decide
 from nibble.spec.hardware import Hardware, hardware
 from nibble.spec.plan import Plan, plan
 from nibble.train.folder import gather_versions
@@ -67,6 +70,8 @@ POOL_NUMEL = 1 << 26
 """Random numbers that all weights are views of: 128 MiB."""
 NUM_DOCUMENTS = 4
 """In a packed row."""
+Graphs = bool | Literal["auto"]
+GRAPHS: dict[str, Graphs] = {"auto": "auto", "off": False}
 
 
 def main() -> None:
@@ -94,13 +99,17 @@ def _measure(options: argparse.Namespace, out: TextIO) -> None:
     _say(out, **_about(device))
     index, total = map(int, options.shard.split("/"))
     rows = [row for row in all_rows() if options.part in ("all", ("fit", "held")[row.held_out])]
-    rows = [row for row in rows if options.only is None or options.only in row.name]
+    words = (options.only or "").split(",")
+    rows = [row for row in rows if any(word in row.name for word in words)]
     for number, row in enumerate(rows[index::total]):
         if time.perf_counter() - began > options.limit_s:
             _say(out, bench="stopped", done=number, of=len(rows[index::total]))
             break
         used = shrunk(row) if options.tiny else row
-        _say(out, **_row(row, used, device=device, pool=pool, is_tiny=options.tiny))
+        found = _row(
+            row, used, device=device, pool=pool, is_tiny=options.tiny, graphs=GRAPHS[options.graphs]
+        )
+        _say(out, **found)
 
 
 def _options() -> argparse.Namespace:
@@ -110,7 +119,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--part", choices=("fit", "held", "all"), default="all")
     parser.add_argument("--shard", default="0/1", help="I/N: every Nth row, beginning with I")
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no row after so long")
-    parser.add_argument("--only", help="rows with this in their names")
+    parser.add_argument("--only", help="rows with one of these words in their names")
+    parser.add_argument("--graphs", choices=tuple(GRAPHS), default="auto", help="CUDA graphs")
     parser.add_argument("--out", help="append to this file instead of printing")
     parser.add_argument("--tiny", action="store_true", help="a few small layers and tokens")
     return parser.parse_args()
@@ -160,7 +170,7 @@ def _about_card(device: torch.device) -> dict[str, Any]:
 
 
 def _row(
-    row: Row, used: Row, *, device: torch.device, pool: Tensor, is_tiny: bool
+    row: Row, used: Row, *, device: torch.device, pool: Tensor, is_tiny: bool, graphs: Graphs
 ) -> dict[str, Any]:
     """Measure one row; whatever goes wrong is in the line."""
     found: dict[str, Any] = {"bench": "row", "row": row.name, "held_out": row.held_out}
@@ -171,7 +181,8 @@ def _row(
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_config(Path(folder), config)
-            recipe = _recipe(used, folder, is_tiny=is_tiny)
+            asked = _recipe(used, folder, is_tiny=is_tiny, graphs=graphs)
+            recipe = _decided(asked, config, device)
             found |= _planned(recipe, config, device)
             found |= _measured(recipe, used, Path(folder), device=device, pool=pool, base=before)
     except torch.OutOfMemoryError as error:
@@ -186,14 +197,26 @@ def _row(
     return {**found, "left_bytes": left, "wall_s": round(time.perf_counter() - began, 2)}
 
 
-def _recipe(row: Row, folder: str, *, is_tiny: bool) -> Recipe:
+def _recipe(row: Row, folder: str, *, is_tiny: bool, graphs: Graphs) -> Recipe:
     words = row.recipe()
     if is_tiny and words.get("optim", {}).get("rank", 0) > 16:
         words["optim"] = {**words["optim"], "rank": 16}
     words["model"] = {"path": folder, "from_scratch": row.method == "factorised"}
-    # Steps are run one by one here, without what `train` records.
-    words["train"] = {**words["train"], "cuda_graphs": False}
+    words["train"] = {**words["train"], "cuda_graphs": graphs}
     return Recipe.model_validate(words)
+
+
+def _decided(recipe: Recipe, config: dict[str, Any], device: torch.device) -> Recipe:
+    """With values for whatever is `auto`, as `nibble train` finds them."""
+    if device.type != "cuda":
+        return recipe
+    return decide(
+        recipe,
+        architecture=from_config(config),
+        hardware=_card(device),
+        on_cpu=False,
+        limit_bytes=torch.cuda.get_device_properties(device).total_memory,
+    )
 
 
 def _planned(recipe: Recipe, config: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -203,7 +226,7 @@ def _planned(recipe: Recipe, config: dict[str, Any], device: torch.device) -> di
         hardware=_card(device),
         on_cpu=device.type == "cpu",
     )
-    return {"planned": plan_words(made)}
+    return {"planned": plan_words(made), "cuda_graphs": recipe.train.cuda_graphs is True}
 
 
 def plan_words(made: Plan) -> dict[str, Any]:
@@ -222,9 +245,9 @@ def plan_words(made: Plan) -> dict[str, Any]:
     }
 
 
-def planned_again(row: Row, about: dict[str, Any]) -> dict[str, Any]:
-    """The plan of a row by the code as it is, for the card that measured it."""
-    recipe = _recipe(row, "model", is_tiny=False)
+def planned_again(row: Row, about: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a row by the code as it is, for the card that measured it and as it ran there."""
+    recipe = _recipe(row, "model", is_tiny=False, graphs=line.get("cuda_graphs", False))
     known = None
     if about.get("hardware"):
         known = Hardware(**about["hardware"])
@@ -289,6 +312,8 @@ def _measured(
         # Whether the host was as fast as when it was calibrated.
         "launch_us": round(operation_s(device, num_operations=1000) * 1e6, 2),
         "parts": parts,
+        "num_graphs": 0 if run.passes is None else run.passes.num_graphs,
+        "told": [] if run.passes is None else run.passes.told,
         "walls_s": [round(wall, 5) for wall in walls],
         "build_s": round(build_s, 2),
         "loss": loss,

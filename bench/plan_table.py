@@ -17,8 +17,8 @@ LIMITS = {"reserved": 0.05, "host": 0.10, "step": 0.20}
 """Errors that are aimed at."""
 MOST_UNDER = 0.03
 OUTSIDE = ("cuda_context", "allocator")
-Planned = Callable[[Row, dict[str, Any]], dict[str, Any]]
-"""A row's plan by the present code, for the machine of a file's first line."""
+Planned = Callable[[Row, dict[str, Any], dict[str, Any]], dict[str, Any]]
+"""A row's plan by the present code, for the machine of a file's first line and the row's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def report(arguments: list[str], *, planned: Planned) -> int:
         if line["bench"] != "row" or "reserved_bytes" not in line or "step_s" not in line:
             continue
         row = parse(line["row"])
-        made = planned(row, about) if options.again else line["planned"]
+        made = planned(row, about, line) if options.again else line["planned"]
         found.append(Compared(row=row, line=line, planned=made, workspace_bytes=workspace))
     text = ["\n".join(_tables(found, options.worst))]
     failed = [line for line in lines if "error" in line or "out_of_memory" in line]
