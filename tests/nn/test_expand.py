@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nibble.errors import ConfigError
 from nibble.nn.adapters import adapt_
+from nibble.nn.attention import offsets_mask, register
 from nibble.nn.expand import OUTPUT_PROJECTIONS, Expansion, expand_, plan_expansion
 from nibble.nn.quant import QuantLinear, quantize_
 from nibble.spec.config import Adapter, Quant
@@ -97,6 +98,24 @@ def test_an_expanded_model_is_the_identity_of_its_source(family: str) -> None:
     assert all(name.startswith(expansion.names) for name in trained)
     model(input_ids=torch.arange(20).view(2, 10)).logits.square().sum().backward()
     assert all(trained[name].grad.abs().sum() > 0 for name in expansion.zeroed)
+
+
+def test_new_blocks_keep_the_documents_of_a_packed_row_apart() -> None:
+    model = tiny("llama")
+    expand_(model, blocks_of(model, "llama"), 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.set_attn_implementation(register())
+    first, second = torch.arange(1, 5).unsqueeze(0), torch.arange(7, 13).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.cat([first, second], dim=1),
+            position_ids=torch.cat([torch.arange(4), torch.arange(6)]).unsqueeze(0),
+            attention_mask=offsets_mask(torch.tensor([0, 4, 10], dtype=torch.int32), longest=6),
+        ).logits
+        alone = torch.cat([model(input_ids=ids).logits for ids in (first, second)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "gpt2"])

@@ -113,9 +113,7 @@ def expand_(model: nn.Module, blocks: nn.ModuleList, num_new: int) -> Expansion:
     blocks_name = next(name for name, module in model.named_modules() if module is blocks)
     old = list(blocks)
     model.requires_grad_(False)
-    layers = [
-        old[s] if i not in positions else copy.deepcopy(old[s]) for i, s in enumerate(source_of)
-    ]
+    layers = [old[s] if i not in positions else _copied(old[s]) for i, s in enumerate(source_of)]
     zeroed: set[str] = set()
     for position in positions:
         layers[position].requires_grad_(True)
@@ -133,6 +131,12 @@ def expand_(model: nn.Module, blocks: nn.ModuleList, num_new: int) -> Expansion:
         positions=positions,
         zeroed=frozenset(zeroed),
     )
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A block with weights of its own and the model's config, by which its attention is chosen."""
+    configs = (vars(module).get("config") for module in block.modules())
+    return copy.deepcopy(block, {id(config): config for config in configs if config is not None})
 
 
 def _projections(model: nn.Module) -> tuple[str, ...]:
