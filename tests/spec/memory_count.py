@@ -163,7 +163,8 @@ def as_on_cuda() -> Iterator[None]:
             for word, value in list(vars(module).items()):
                 if callable(value) and getattr(value, "__hash__", None) and value in real:
                     patch.setattr(module, word, real[value])
-        patch.setattr(nibble.optim.update, "FUSED_NUMEL", FUSED_NUMEL)
+        for module in (nibble.optim.batches, nibble.optim.update):
+            patch.setattr(module, "FUSED_NUMEL", FUSED_NUMEL)
         patch.setattr(nibble.optim.batches, "BATCH_NBYTES", BATCH_NBYTES)
         yield
 

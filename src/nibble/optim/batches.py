@@ -31,6 +31,8 @@ _PLAIN_BYTES = 8
 _UNPACKED_BYTES = 48
 # A kernel that takes a tensor's whole step leaves the update.
 _FUSED_BYTES = 8
+FUSED_NUMEL = 1 << 20
+"""From here on a launch is short beside its work: the kernel takes a tensor alone."""
 
 
 class Piece(NamedTuple):
@@ -111,7 +113,9 @@ def batches(
     longest = BATCH_NBYTES // _FUSED_BYTES // BLOCK * BLOCK if fused else limit
     batch: list[Piece] = []
     num_elements = 0
-    for piece in pieces:
+    # What a kernel takes alone comes last: vectors between matrices would each be a batch of one.
+    ordered = sorted(pieces, key=lambda piece: piece.numel >= FUSED_NUMEL) if fused else pieces
+    for piece in ordered:
         for part in _slices(piece, longest) if elementwise else (piece,):
             if batch and num_elements + part.numel > limit:
                 yield batch

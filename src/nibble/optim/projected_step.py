@@ -24,13 +24,13 @@ from nibble.kernels.steps import step_kernels
 from nibble.numerics import lowrank
 from nibble.optim import batches
 from nibble.optim.balanced import Rest
-from nibble.optim.batches import Kind
+from nibble.optim.batches import FUSED_NUMEL, Kind
 from nibble.optim.noise import Address, Noise, noise_for
 from nibble.optim.projected_grad import ProjectedGrad
 from nibble.optim.projection import Bases, Projection
 from nibble.optim.refresh import Due, refresh_
 from nibble.optim.residuals import Matrix, Residual, residuals
-from nibble.optim.update import FUSED_NUMEL, advance, move_, rate_factor
+from nibble.optim.update import advance, move_, rate_factor
 
 # Bytes of temporaries for each element of a small matrix (batches.py), and of a chunk of rows:
 # weight, update, gradient, residual; of the update alone where a kernel does the rest.

@@ -24,14 +24,12 @@ from torch import Tensor
 
 from nibble.kernels.steps import StepKernels, step_kernels
 from nibble.numerics.updates import RULES, Hyper, Split
-from nibble.optim.batches import Kind
+from nibble.optim.batches import FUSED_NUMEL, Kind
 from nibble.optim.noise import Address, Noise, noise_for
 from nibble.optim.shards import ShardView
 from nibble.optim.states import Stored, as_float32, store_rounded_, unpack, write_back_
 from nibble.spec.state import Slot
 
-FUSED_NUMEL = 1 << 20
-"""From here on a launch is short beside its work."""
 SlotAddress = Callable[[Slot], Address]
 """Which numbers the elements of a parameter's slot have."""
 
