@@ -10,6 +10,7 @@ import pytest
 from nibble.spec.arch import Architecture, from_config
 from nibble.spec.config import Recipe
 from nibble.spec.decide import Decided, decide, decide_and_say
+from nibble.spec.graphs import SPARE_BYTES
 from nibble.spec.hardware import hardware
 from nibble.spec.holdings import Devices
 from nibble.spec.inventory import inventory
@@ -89,6 +90,28 @@ def test_placements_that_move_weights_are_not_recorded() -> None:
     )
     made = found(sharded, devices=Devices(per_machine=2))
     assert made.graphs == "no CUDA graphs: place.kind=fsdp"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "bloom"])
+def test_masks_that_transformers_makes_are_not_recorded(kind: str) -> None:
+    """Measured: its masks wait for the host (bench/results/2026-11-23-h200-plan-error.md)."""
+    shape = from_config({**LLAMA, "model_type": kind, "n_layer": 32, "head_dim": 128})
+    made = found(recipe(), shape)
+    said = "no CUDA graphs: transformers makes the masks of its attention by way of the host"
+    assert made.recipe.train.cuda_graphs is False and made.graphs == said
+    asked, eager = (planned(recipe(cuda_graphs=value), shape) for value in (True, False))
+    assert asked.device_bytes == eager.device_bytes
+    assert asked.speed is not None and asked.speed.launches_s > 0
+
+
+def test_a_recording_leaves_room_for_what_runs_between_passes() -> None:
+    shape = from_config({**LLAMA, "num_hidden_layers": 2})
+    made = planned(recipe(cuda_graphs=True), shape)
+    assert inventory(made.recipe, shape).update_bytes < SPARE_BYTES
+    pool = phase(made, "evaluation").device["recorded"]
+    steady = phase(made, "steady step").device
+    passing = ("activations_kept", "activation_workspace", "dequantised", "logits")
+    assert sum(steady.get(name, 0) for name in passing) == pool + SPARE_BYTES
 
 
 def test_large_gradients_are_not_kept_unasked() -> None:

@@ -33,10 +33,9 @@ from nibble.nn.tiles import Tiled
 from nibble.place.activations import Recomputed
 from nibble.place.base import Placement
 from nibble.place.single import Single
+from nibble.spec.graphs import SPARE_BYTES
 
 T = TypeVar("T")
-SPARE_BYTES = 256 << 20
-"""Temporaries of an optimiser's step (optim/batches.py)."""
 NO_MEMORY = "the device has no memory left for it"
 WAITS, PROTOTYPE = "called a synchronizing CUDA operation", "debug mode is a prototype"
 """What torch's debug mode says, of an operation and of itself."""

@@ -24,10 +24,16 @@ from dataclasses import dataclass
 from nibble.spec.advice import apply
 from nibble.spec.arch import Architecture
 from nibble.spec.config import Recipe
-from nibble.spec.graphs import HOST_SHARE, MAX_GRAD_BYTES, PLACEMENTS, cannot_be_recorded
+from nibble.spec.graphs import (
+    HOST_SHARE,
+    MAX_GRAD_BYTES,
+    PLACEMENTS,
+    cannot_be_recorded,
+    waits_for_masks,
+)
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import ONE_DEVICE, Devices, placement_kind
-from nibble.spec.inventory import inventory
+from nibble.spec.inventory import Inventory, inventory
 from nibble.spec.plan import Plan, plan
 from nibble.spec.speed import BUS
 from nibble.spec.units import show_bytes
@@ -99,7 +105,7 @@ def decide_and_say(
         return Decided(recipe=counted(recipe), graphs="")
     eager = counted(apply(recipe, {GRAPHS: False}))
     made = planned(eager)
-    against = _against_graphs(made, inventory(eager, architecture).gradient_bytes)
+    against = _against_graphs(made, inventory(eager, architecture))
     if against:
         return Decided(recipe=eager, graphs=f"no CUDA graphs: {against}")
     recorded = counted(apply(recipe, {GRAPHS: True}))
@@ -116,21 +122,23 @@ def decide_and_say(
     )
 
 
-def _against_graphs(eager: Plan, gradient_bytes: int) -> str:
+def _against_graphs(eager: Plan, stock: Inventory) -> str:
     """Why passes of a plan should not be recorded, memory apart; or an empty text."""
     kind, speed = placement_kind(eager.recipe.place, eager.devices.total), eager.speed
     if setting := cannot_be_recorded(eager.recipe):
         return setting
     if kind not in PLACEMENTS:
         return f"place.kind={kind}"
+    if waits_for_masks(stock.architecture.style.scores):
+        return "transformers makes the masks of its attention by way of the host"
     if speed is None:
         return "the card's speed is not known (nibble plan --calibrate measures it)"
     if speed.waiting_s > 0:
         return "the host waits for the device in every layer"
     if speed.host_share < HOST_SHARE:
         return f"the device is busy anyway (the host needs {speed.host_share:.0%} of its time)"
-    if gradient_bytes > MAX_GRAD_BYTES:
-        return f"{show_bytes(gradient_bytes)} of gradients would stay"
+    if stock.gradient_bytes > MAX_GRAD_BYTES:
+        return f"{show_bytes(stock.gradient_bytes)} of gradients would stay"
     return ""
 
 

@@ -9,7 +9,8 @@ stay as well. So memory of a run with graphs is
 
     what stays + gradients + the largest moment of a pass + that of an update or an evaluation
 
-where eager code has the largest of the last two alone. `auto` is decided in `decide.py`.
+where eager code has the largest of the last two alone, and the last is SPARE_BYTES at least, which
+a recording leaves free or is not made. `auto` is decided in `decide.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ HOST_SHARE = 0.75
 """`auto`: of the device's time for a pass, what the host must need for a recording to pay."""
 MAX_GRAD_BYTES = 1 << 30
 """`auto`: of the gradients, which are kept from step to step."""
+SPARE_BYTES = 256 << 20
+"""For what runs between passes: temporaries of an optimiser's step (optim/batches.py)."""
 PLACEMENTS = ("single", "ddp")
 """Where a pass is kernels alone."""
 UPDATE = "the update"
@@ -61,6 +64,18 @@ def wish(recipe: Recipe) -> Wish:
     return "on" if recipe.train.cuda_graphs is True and not cannot_be_recorded(recipe) else "off"
 
 
+def waits_for_masks(scores: str) -> bool:
+    """Whether attention with such scores (arch_types.py) waits for the host in each pass: where a
+    fused kernel does not make them, transformers makes the mask, and looks at it.
+    """
+    return scores != "fused"
+
+
+def is_recorded(recipe: Recipe, scores: str) -> bool:
+    """Whether passes of a recipe with nothing `auto` are recorded, on a GPU."""
+    return wish(recipe) == "on" and not waits_for_masks(scores)
+
+
 def beside_graphs(name: str, moments: Moments, steps: Moments) -> dict[str, dict[str, int]]:
     """The moments of the phase called `name` where passes are recorded.
 
@@ -68,7 +83,7 @@ def beside_graphs(name: str, moments: Moments, steps: Moments) -> dict[str, dict
     where nothing of it is in use.
     """
     update = steps[UPDATE]
-    gradients, beside = update["gradients"], update["activation_workspace"]
+    gradients, beside = update["gradients"], max(update["activation_workspace"], SPARE_BYTES)
     passes = {moment: extra for moment, extra in steps.items() if moment != UPDATE}
     if name == "steady step":
         return {

@@ -24,7 +24,7 @@ from nibble.spec.arch import Architecture
 from nibble.spec.checkpointing import Keeping, keeping
 from nibble.spec.config import Recipe
 from nibble.spec.formats import DTYPE_BYTES
-from nibble.spec.graphs import UPDATE, beside_graphs, wish
+from nibble.spec.graphs import UPDATE, beside_graphs, is_recorded
 from nibble.spec.holdings import Holding
 from nibble.spec.host_memory import host_categories
 from nibble.spec.inventory import COMPUTE_DTYPE, Inventory
@@ -91,7 +91,9 @@ def work_of(recipe: Recipe, stock: Inventory, *, on_cpu: bool = False) -> Work:
     compute = COMPUTE_DTYPE[train.precision]
     low_rank = adapter.kind in ("lora", "dora")
     stored = "bfloat16" if train.adapter_precision == "bf16" else "float32"
-    adds = train.gradient_accumulation_steps > 1 or (wish(recipe) == "on" and not on_cpu)
+    adds = train.gradient_accumulation_steps > 1 or (
+        is_recorded(recipe, stock.architecture.style.scores) and not on_cpu
+    )
     return Work(
         tokens=train.micro_batch_size * recipe.data.max_length,
         row_length=recipe.data.max_length,
@@ -172,7 +174,8 @@ class Run:
     @property
     def is_recorded(self) -> bool:
         """Whether passes are replayed as CUDA graphs."""
-        return wish(self.recipe) == "on" and not self.on_cpu
+        scores = self.stock.architecture.style.scores
+        return is_recorded(self.recipe, scores) and not self.on_cpu
 
 
 def phase(name: str, run: Run) -> Phase:
