@@ -1,7 +1,7 @@
 """What the plan says against what a GPU measures, over many configurations (plan_rows.py).
 
     python bench/plan_error.py [--part fit|held|all] [--shard I/N] [--limit-s S]
-                               [--only WORD,...] [--graphs auto|off] [--out FILE]
+                               [--only WORD,...] [--graphs auto|off] [--profile] [--out FILE]
     python bench/plan_error.py --tiny                  every row's kind on a CPU, nothing measured
     python bench/plan_error.py report FILE... [--again] [--worst N]
 
@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ from typing import Any, Literal, TextIO
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from kernel_times import kernel_times
 from loop_run import loop_run
 from plan_rows import Row, all_rows, shrunk, tiny
 from plan_table import report
@@ -106,10 +108,7 @@ def _measure(options: argparse.Namespace, out: TextIO) -> None:
             _say(out, bench="stopped", done=number, of=len(rows[index::total]))
             break
         used = shrunk(row) if options.tiny else row
-        found = _row(
-            row, used, device=device, pool=pool, is_tiny=options.tiny, graphs=GRAPHS[options.graphs]
-        )
-        _say(out, **found)
+        _say(out, **_row(row, used, device=device, pool=pool, options=options))
 
 
 def _options() -> argparse.Namespace:
@@ -121,6 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no row after so long")
     parser.add_argument("--only", help="rows with one of these words in their names")
     parser.add_argument("--graphs", choices=tuple(GRAPHS), default="auto", help="CUDA graphs")
+    parser.add_argument("--profile", action="store_true", help="kernels of one step of each row")
     parser.add_argument("--out", help="append to this file instead of printing")
     parser.add_argument("--tiny", action="store_true", help="a few small layers and tokens")
     return parser.parse_args()
@@ -145,12 +145,9 @@ def _about_card(device: torch.device) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(device)
     before = torch.cuda.memory_allocated(device)
     context = total - free - torch.cuda.memory_reserved(device)
-    x = torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    made = []
-    for bias in (None, x[0].detach()):
-        torch.autograd.backward(torch.nn.functional.linear(x, x, bias).sum())
-        made.append(torch.cuda.memory_allocated(device) - before)
-    del x, bias
+    x = _some_numbers(device)
+    made = [torch.cuda.memory_allocated(device) - before for _ in _workspaces(x)]
+    del x
     torch.cuda.synchronize(device)
     gc.collect()
     after = torch.cuda.memory_allocated(device)
@@ -169,11 +166,23 @@ def _about_card(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _some_numbers(device: torch.device) -> Tensor:
+    return torch.ones(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+
+def _workspaces(x: Tensor) -> Iterator[None]:
+    """Have cuBLAS make what it keeps for each kind of product, forward and backward."""
+    for bias in (None, x[0].detach()):
+        torch.autograd.backward(torch.nn.functional.linear(x, x, bias).sum())
+        yield
+
+
 def _row(
-    row: Row, used: Row, *, device: torch.device, pool: Tensor, is_tiny: bool, graphs: Graphs
+    row: Row, used: Row, *, device: torch.device, pool: Tensor, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Measure one row; whatever goes wrong is in the line."""
     found: dict[str, Any] = {"bench": "row", "row": row.name, "held_out": row.held_out}
+    is_tiny, graphs = options.tiny, GRAPHS[options.graphs]
     began = time.perf_counter()
     _reset(device)
     before = _allocated(device)
@@ -184,7 +193,15 @@ def _row(
             asked = _recipe(used, folder, is_tiny=is_tiny, graphs=graphs)
             recipe = _decided(asked, config, device)
             found |= _planned(recipe, config, device)
-            found |= _measured(recipe, used, Path(folder), device=device, pool=pool, base=before)
+            found |= _measured(
+                recipe,
+                used,
+                Path(folder),
+                device=device,
+                pool=pool,
+                base=before,
+                profiled=options.profile,
+            )
     except torch.OutOfMemoryError as error:
         found |= {"out_of_memory": str(error)[:200], **_peaks(device, before)}
         traceback.clear_frames(error.__traceback__)
@@ -194,7 +211,8 @@ def _row(
         traceback.clear_frames(error.__traceback__)
     _reset(device)
     left = _allocated(device) - before
-    return {**found, "left_bytes": left, "wall_s": round(time.perf_counter() - began, 2)}
+    held = {"left_bytes": left, "left_reserved_bytes": _reserved(device)}
+    return {**found, **held, "wall_s": round(time.perf_counter() - began, 2)}
 
 
 def _recipe(row: Row, folder: str, *, is_tiny: bool, graphs: Graphs) -> Recipe:
@@ -267,7 +285,14 @@ def _card(device: torch.device) -> Hardware | None:
 
 
 def _measured(
-    recipe: Recipe, row: Row, folder: Path, *, device: torch.device, pool: Tensor, base: int
+    recipe: Recipe,
+    row: Row,
+    folder: Path,
+    *,
+    device: torch.device,
+    pool: Tensor,
+    base: int,
+    profiled: bool,
 ) -> dict[str, Any]:
     """Load, first step, steady steps, evaluation: peaks of each, and a step's time."""
     host = _resident_bytes()
@@ -300,6 +325,9 @@ def _measured(
         loss = float(run.last_loss or 0.0)
         place.reset_memory(keep_cache=True)
         walls += _more_walls(run, steps, device)
+        kernels = {}
+        if profiled:
+            kernels["kernels"] = kernel_times(lambda: run.step(next(steps)), device=device)
     finally:
         place.close()
     return {
@@ -317,6 +345,7 @@ def _measured(
         "walls_s": [round(wall, 5) for wall in walls],
         "build_s": round(build_s, 2),
         "loss": loss,
+        **kernels,
     }
 
 
@@ -409,6 +438,12 @@ def _reset(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        # Recorded passes had a stream of their own, and cuBLAS keeps what it had there.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        deque(_workspaces(_some_numbers(device)), maxlen=0)
+        torch.cuda.synchronize(device)
+        gc.collect()
         torch.cuda.empty_cache()
     _begin_phase(device)
     with suppress(OSError):
@@ -422,6 +457,10 @@ def _begin_phase(device: torch.device) -> None:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _peaks(device: torch.device, base: int) -> dict[str, int]:
