@@ -68,6 +68,16 @@ CASES: list[tuple[Any, ...]] = [
         *((4096, 11008, 23, 192, *balancing.OVER_ROWS), 4, 3),
     ),
     (balancing._add_parts_kernel, [WIDE, WIDE], (23, 4096, balancing.ADDED), 2, 3),
+    (
+        balancing._round_kernel,
+        [HALF, WIDE, WIDE, WIDE, WIDE],
+        *((4096, 11008, 16, balancing.NOTHING, 1, 16384), 16, 3),
+    ),
+    (
+        balancing._add_and_invert_kernel,
+        [WIDE, WIDE, WIDE],
+        *((256, 4096, balancing.NOTHING, balancing.ADDED_PARTS, balancing.ADDED_COLUMNS), 4, 3),
+    ),
     (balancing._inverse_kernel, [WIDE, WIDE], (4096, balancing.NOTHING, balancing.INVERTED), 4, 3),
     (balancing._scale_kernel, [HALF, WIDE, WIDE], (4096, 11008, *balancing.SCALED), 4, 3),
     (int8._list_kernel, [BYTE, INTEGER], (16384, 16384, 8, int8.LISTING_COLUMNS), 4, 3),

@@ -309,6 +309,29 @@ def test_sums_of_squares(
     assert torch.equal(alone.over_rows(rows[-1:])[0], ours.over_rows(rows)[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 70, 33), (3, 9, 300), (1, 1100, 17), (2, 5, 40)])
+@pytest.mark.parametrize("widest", [32, balancing_kernels.WIDEST])
+def test_a_round_of_balancing(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], dtype: torch.dtype, widest: int
+) -> None:
+    monkeypatch.setattr(balancing_kernels, "WIDEST", widest)
+    monkeypatch.setattr(balancing_kernels, "HELD", 64)
+    matrices = normal(*size).to(dtype)
+    matrices[:, -1] = 0.0
+    of_columns = normal(size[0], size[2], seed=1).square()
+    lengths = [normal(size[0], seed=seed).square() + 1.0 for seed in (2, 3)]
+    ours, eager = TRITON.balancing.squared_sums(matrices), balancing.squared_sums(matrices)
+    made, expected = (one.balanced_once(of_columns, *lengths) for one in (ours, eager))
+    assert not expected[0][:, -1].any(), "rows of zeros have no weight"
+    for one, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    alone = TRITON.balancing.squared_sums(matrices[-1:].contiguous())
+    (last, *_) = zip(*alone.balanced_once(of_columns[-1:], *(x[-1:] for x in lengths)), strict=True)
+    for one, own in zip(made, last, strict=True):
+        assert torch.equal(own, one[-1])
+
+
 @pytest.mark.parametrize("num", [1, 1024, 1500])
 def test_inverse_means(num: int) -> None:
     sums = normal(3, num).square()

@@ -23,16 +23,22 @@ NOTHING = 1e-12
 """Of the mean square: rows and columns below are left at zero."""
 
 Sum = Callable[[Sequence[Tensor]], None]
+Round = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SquaredSums:
-    """Weighted sums of the squares of some matrices [k, m, n], float32: `over_columns` takes
-    weights [k, n] and gives [k, m], `over_rows` takes [k, m] and gives [k, n].
+    """Weighted sums of the squares of some matrices [k, m, n], float32.
+
+    over_columns    weights [k, n] -> sums [k, m]
+    over_rows       weights [k, m] -> sums [k, n]
+    balanced_once   weights of columns [k, n], lengths of rows and columns [k] -> weights of rows
+                    [k, m] and columns: `inverse_means_` of one kind of sums, then of the other
     """
 
     over_columns: Callable[[Tensor], Tensor]
     over_rows: Callable[[Tensor], Tensor]
+    balanced_once: Round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +58,34 @@ class Balancing:
 def squared_sums(matrices: Tensor) -> SquaredSums:
     """Those of `matrices` [k, m, n] of any type; holds their squares in float32."""
     squares = matrices.to(torch.float32, copy=True).square_()
+
+    def over_columns(weights: Tensor) -> Tensor:
+        return (squares @ weights.unsqueeze(2)).squeeze(2)
+
+    def over_rows(weights: Tensor) -> Tensor:
+        return (squares.mT @ weights.unsqueeze(2)).squeeze(2)
+
     return SquaredSums(
-        over_columns=lambda weights: (squares @ weights.unsqueeze(2)).squeeze(2),
-        over_rows=lambda weights: (squares.mT @ weights.unsqueeze(2)).squeeze(2),
+        over_columns=over_columns,
+        over_rows=over_rows,
+        balanced_once=step_by_step(over_columns, over_rows, inverse_means_),
     )
+
+
+def step_by_step(
+    over_columns: Callable[[Tensor], Tensor],
+    over_rows: Callable[[Tensor], Tensor],
+    inverse_means_: Callable[[Tensor, Tensor], Tensor],
+) -> Round:
+    """`balanced_once` made of these."""
+
+    def balanced_once(
+        of_columns: Tensor, row_lengths: Tensor, column_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        of_rows = inverse_means_(over_columns(of_columns), row_lengths)
+        return of_rows, inverse_means_(over_rows(of_rows), column_lengths)
+
+    return balanced_once
 
 
 def inverse_means_(sums: Tensor, lengths: Tensor) -> Tensor:
@@ -90,6 +120,11 @@ def balancing_factors(
     parts, or `sum_columns` those over rows, in place; `mean` is of the whole.
     """
     row_length, column_length = (mean * count for count in reversed(shape))
+    if sum_rows is None and sum_columns is None:
+        of_columns = torch.ones((len(first), shape[1]), device=first.device)
+        for _ in range(num_rounds):
+            of_rows, of_columns = sums.balanced_once(of_columns, row_length, column_length)
+        return of_rows.sqrt_(), of_columns.sqrt_()
     row_sums = first
     for turn in range(num_rounds):
         if sum_rows is not None:

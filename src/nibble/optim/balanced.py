@@ -85,10 +85,11 @@ def _balanced(members: Sequence[Matrix], outside: Tensor) -> list[Rest]:
         sum_rows=part.sum_ if part.axis == 1 else None,
         sum_columns=part.sum_ if part.axis == 0 else None,
     )
-    moved = torch.stack([one.update.square().sum() for one in members])
+    moved = torch.stack([torch.linalg.vector_norm(one.update) for one in members])
     if projection.small_axis is not None:
-        part.sum_([moved])
-    size = moved.sqrt_() / sqrt(prod(low.projected_shape(projection.shape)))
+        part.sum_([moved.square_()])
+        moved.sqrt_()
+    size = moved / sqrt(prod(low.projected_shape(projection.shape)))
     share = (sizes[0] / (NOISE**2 * sizes[1]).clamp_(min=torch.finfo().tiny)).clamp_(max=1.0)
     of_rows = factors[0] * (SIZE * size * share / (low.scale * mean.sqrt())).unsqueeze(-1)
     return [
