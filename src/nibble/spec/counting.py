@@ -63,16 +63,25 @@ HOST_ADAPTER, HOST_MATRIX, HOST_VECTOR, HOST_UPDATE = 14.8, 12.1, 2.5, 3.1
 HOST_PROJECTED, HOST_LAYERWISE, HOST_IN_BACKWARD, HOST_RESIDUAL = 20.0, 52.0, 100.0, 30.0
 """More for each projected matrix: in its update, layer by layer, and updated in backward; and for
 its residual, if it has one. 20 and 20 + 30 are what is counted as well."""
-BALANCED_PRODUCTS, BALANCED_PASSES = 2.0, 15.0
+BALANCED_PRODUCTS, BALANCED_PASSES = 2.0, 11.0
 """More for each number that a balanced residual has: flops, of each direction of the basis, and
-accesses in the gradient's type: made, squared ten times, its norm, scaled."""
+accesses in the gradient's type: made, squared six times, its norm, scaled."""
 HOST_PASS, HOST_STEP = 300.0, 105.0
 """Once a pass (embedding, loss) and once a step (clipping, schedule)."""
-KERNELS_FUSED, KERNELS_UNFUSED = (16.0, 4.0), (55.0, 6.0)
-"""Kernels of a block in each direction, and more for each adapter, where passes are replayed."""
-KERNELS_PER_PACKED = 1.0
-"""Kernels of a packed linear in each direction: unpacking or rounding."""
 FORWARD, BACKWARD = "forward", "backward"
+KERNEL_S = 2.5e-6
+"""From kernel to kernel: the end of one, where most of the device is idle, and the next's start."""
+KERNELS_FUSED = {FORWARD: 16.0, BACKWARD: 30.0}
+KERNELS_UNFUSED = {FORWARD: 45.0, BACKWARD: 75.0}
+"""Kernels of a block, as counted on the fast paths and on transformers' own layers."""
+KERNELS_EXPERTS = {FORWARD: 40.0, BACKWARD: 45.0}
+"""More where tokens are sorted by expert."""
+KERNELS_ADAPTER = {FORWARD: 2.0, BACKWARD: 5.6}
+KERNELS_DORA = {FORWARD: 10.0, BACKWARD: 25.0}
+KERNELS_DROPOUT = {FORWARD: 2.0, BACKWARD: 3.0}
+"""More for each adapter, with DoRA, with dropout."""
+KERNELS_PACKED, KERNELS_PASS = 1.0, 25.0
+"""More for each packed linear, to unpack or round; and once a pass: embedding, loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +94,15 @@ class Stage:
     fill_s: float = 0.0
     """In which the bus rests while blocks come over it: the first has to be done before its place
     is free, and the last is computed when all are there."""
+    gaps_s: float = 0.0
+    """Between kernels, however short they are."""
     launch_s: float = 0.0
     """Of the host, to launch it all."""
 
     @property
     def device_s(self) -> float:
-        """On the device: products, then bytes."""
-        return self.products_s + self.memory_s
+        """On the device: products, then bytes, then what is between."""
+        return self.products_s + self.memory_s + self.gaps_s
 
     @property
     def seconds(self) -> float:
@@ -105,6 +116,7 @@ class Stage:
             memory_s=count * self.memory_s,
             bus_s=count * self.bus_s,
             fill_s=count * self.fill_s,
+            gaps_s=count * self.gaps_s,
             launch_s=count * self.launch_s,
         )
 
@@ -170,6 +182,7 @@ class Count:
             memory_s=memory_s,
             bus_s=(pulled + self.blocks.host) / hardware.bus_bytes + link_s,
             fill_s=2.0 * (products_s + memory_s) / layers if pulled else 0.0,
+            gaps_s=self.kernels(stage) * KERNEL_S,
             launch_s=self.launches(stage) * hardware.launch_s,
         )
 
@@ -234,15 +247,29 @@ class Count:
         own = HOST_ADAPTER * low_factors + HOST_MATRIX * matrices + HOST_VECTOR * vectors
         return times * live + own
 
-    def kernels(self) -> float:
-        """Kernels of one pass, as a graph replays them."""
-        stock = self.stock
+    def kernels(self, stage: str) -> float:
+        """Kernels of forward or backward of one pass."""
+        stock, again = self.stock, self.blocks.again_share
         layers = max(1, stock.architecture.sizes.num_layers)
-        block, each = KERNELS_FUSED if self.work.fused else KERNELS_UNFUSED
-        one = block + each * len(stock.adapted) / layers
+        times = {FORWARD: 0.0, BACKWARD: 0.0} | {stage: 1.0}
+        if stage == BACKWARD:
+            times[FORWARD] = again
+        return KERNELS_PASS + sum(
+            count * self._kernels_once(each) * layers for each, count in times.items()
+        )
+
+    def _kernels_once(self, stage: str) -> float:
+        """Of one block in one direction."""
+        stock, shape = self.stock, self.stock.architecture
+        one = (KERNELS_FUSED if self.work.fused else KERNELS_UNFUSED)[stage]
+        if shape.num_experts > 1:
+            one += KERNELS_EXPERTS[stage]
+        each = KERNELS_ADAPTER[stage] + KERNELS_DORA[stage] * self.work.dora
+        each += KERNELS_DROPOUT[stage] * (self.recipe.adapter.dropout > 0)
+        more = each * len(stock.adapted)
         if stock.num_packed:
-            one += KERNELS_PER_PACKED * len(stock.architecture.linears) / layers
-        return layers * one * (2 + self.blocks.again_share)
+            more += KERNELS_PACKED * len(shape.linears)
+        return one + more / max(1, shape.sizes.num_layers)
 
     def _adapted_size(self) -> int:
         adapted = self.stock.adapted

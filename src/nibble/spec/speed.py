@@ -25,15 +25,13 @@ from nibble.spec.activations import Work
 from nibble.spec.checkpointing import keeping
 from nibble.spec.config import Recipe
 from nibble.spec.counting import BACKWARD, FORWARD, Count, Stage
-from nibble.spec.graphs import HOST_SHARE, PLACEMENTS, cannot_be_recorded
+from nibble.spec.graphs import HOST_SHARE, PLACEMENTS, cannot_be_recorded, waits_for_masks
 from nibble.spec.hardware import Hardware
 from nibble.spec.holdings import Devices, Holding, placement_kind
 from nibble.spec.inventory import Inventory
 
 MATMUL, MEMORY, BUS, LAUNCHES = "matmul", "memory", "bus", "launches"
 """What a step can be limited by."""
-REPLAYED_S = 2e-6
-"""From kernel to kernel of a graph, however small they are."""
 SYNCHRONISED_SHARE = 0.2
 """Of the host's time, in which the device waits when each layer asks it for outliers (int8's eager
 steps; the kernels keep the answer on the device)."""
@@ -179,12 +177,15 @@ def estimate(
     forward, backward = count.stage(FORWARD, hardware), count.stage(BACKWARD, hardware)
     update = count.update(hardware)
     asked, kind = recipe.train.cuda_graphs, placement_kind(recipe.place, devices.total)
-    can = kind in PLACEMENTS and not (cannot_be_recorded(recipe) or hardware.is_cpu)
+    can = kind in PLACEMENTS and not (
+        cannot_be_recorded(recipe)
+        or waits_for_masks(stock.architecture.style.scores)
+        or hardware.is_cpu
+    )
     # What is `auto` counts as it would be decided if there is memory for it (decide.py).
     wanted = asked is True or (asked == "auto" and _host_share(forward, backward) >= HOST_SHARE)
     if wanted and can and not count.synchronises:
-        forward = replace(forward, launch_s=0.0)
-        backward = replace(backward, launch_s=count.kernels() * REPLAYED_S)
+        forward, backward = replace(forward, launch_s=0.0), replace(backward, launch_s=0.0)
     num_driven = 1  # one process launches for all in `dp`
     if kind == "dp":
         num_driven = devices.per_machine
