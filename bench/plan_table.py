@@ -32,6 +32,11 @@ class Compared:
     """Of cuBLAS, which the process had reserved before the row."""
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether its passes were replayed as CUDA graphs."""
+        return bool(self.line.get("num_graphs"))
+
+    @property
     def measured_bytes(self) -> int:
         return int(self.line["reserved_bytes"]) + self.workspace_bytes
 
@@ -41,12 +46,16 @@ class Compared:
 
     @property
     def allocated(self) -> float:
-        """Of tensors alone, without what the allocator loses."""
-        seen = max(phase["allocated_bytes"] for phase in self.line["measured"].values())
+        """Of tensors alone, without what the allocator loses; where passes are recorded, of what
+        comes before: it does not count what a recording keeps.
+        """
+        measured = self.line["measured"]
+        names = ("load", "first step") if self.is_recorded else tuple(measured)
+        seen = max(measured[name]["allocated_bytes"] for name in names)
         said = max(
             sum(size for part, size in phase["device"].items() if part not in OUTSIDE)
             for name, phase in self.planned["phases"].items()
-            if name in self.line["measured"]
+            if name in names
         )
         return float(said / seen - 1)
 
@@ -146,17 +155,18 @@ def _line(name: str, some: list[Compared]) -> str:
 
 
 def _groups(some: list[Compared]) -> Iterable[tuple[str, list[Compared]]]:
-    keys: tuple[Callable[[Row], str], ...] = (
-        lambda row: row.family,
-        lambda row: row.method,
-        lambda row: row.policy,
-        lambda row: " ".join(row.more) or "plain",
-        lambda row: _size(row.rows * row.length),
+    keys: tuple[Callable[[Compared], str], ...] = (
+        lambda one: "replayed" if one.is_recorded else "eager",
+        lambda one: one.row.family,
+        lambda one: one.row.method,
+        lambda one: one.row.policy,
+        lambda one: " ".join(one.row.more) or "plain",
+        lambda one: _size(one.row.rows * one.row.length),
     )
     for key in keys:
-        names = sorted({key(one.row) for one in some})
+        names = sorted({key(one) for one in some})
         for name in names:
-            yield name, [one for one in some if key(one.row) == name]
+            yield name, [one for one in some if key(one) == name]
 
 
 def _size(tokens: int) -> str:

@@ -15,7 +15,17 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 def run_cases(environment: dict[str, str]) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", str(CASES), "-x", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(CASES),
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+    ]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
     )

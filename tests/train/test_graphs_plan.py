@@ -114,6 +114,19 @@ def test_a_recording_leaves_room_for_what_runs_between_passes() -> None:
     assert sum(steady.get(name, 0) for name in passing) == pool + SPARE_BYTES
 
 
+def test_a_matrix_that_does_not_fit_what_was_left_free_is_made_beside_it() -> None:
+    """Measured: 70B blocks evaluated beside a recording (dev/LOG.md)."""
+    wide = {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 2}
+    used = {}
+    for kind in (LLAMA, wide):
+        eager, made = (
+            phase(planned(recipe(cuda_graphs=value), from_config(kind)), "evaluation").device
+            for value in (False, True)
+        )
+        used[kind["hidden_size"]] = made["activation_workspace"] - eager["activation_workspace"]
+    assert used == {4096: 0, 8192: SPARE_BYTES}
+
+
 def test_large_gradients_are_not_kept_unasked() -> None:
     words = recipe(length=128).model_dump(mode="json", exclude_unset=True)
     words |= {"quant": {"format": "none"}, "adapter": {"kind": "none"}}
@@ -152,6 +165,7 @@ def test_the_plan_holds_gradients_and_the_pool_in_every_phase() -> None:
         assert phase(made, name).device["gradients"] == stock.gradient_bytes
     passing = ("activations_kept", "activation_workspace", "dequantised", "logits")
     used = sum(steady.device.get(name, 0) for name in passing)
+    assert stock.update_bytes >= SPARE_BYTES
     assert used == pool + stock.update_bytes, "an update has its memory beside the pool"
     assert phase(made, "save").device["recorded"] == pool
     # What an evaluation needs comes on top of the pool.

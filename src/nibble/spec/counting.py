@@ -29,14 +29,14 @@ from nibble.spec.lowrank import LowRank, matrix_shape
 from nibble.spec.methods import low_rank
 from nibble.spec.state import rule_and_codec
 
-FUSED_TRAFFIC, UNFUSED_TRAFFIC = (1.75, 2.5), (8.0, 9.0)
+FUSED_TRAFFIC, UNFUSED_TRAFFIC = (1.67, 2.38), (9.1, 10.3)
 """Bytes moved forward and backward for each byte that a block keeps, on the fast paths and on
 transformers' own layers; recomputation moves those of forward again."""
-LOGITS_TRAFFIC, CAPPED_LOGITS_TRAFFIC = 13.0, 180.0
+LOGITS_TRAFFIC, CAPPED_LOGITS_TRAFFIC = 13.4, 180.0
 """Bytes moved for each logit, both ways; a soft cap has some fifteen passes in fp32."""
-ATTENTION_RATE_SHARE = 0.74
+ATTENTION_RATE_SHARE = 0.76
 """Of the rate of products, that fused attention reaches."""
-INT8_RATE_SHARE = 1.4
+INT8_RATE_SHARE = 1.75
 """Of the 16-bit rate, that int8 products reach with what surrounds them. Outliers are not planned:
 they are a matter of weights, and mostly few."""
 UPDATE_BANDWIDTH_SHARE, CODED_BANDWIDTH_SHARE = 0.66, 0.43
@@ -66,10 +66,13 @@ its residual, if it has one. 20 and 20 + 30 are what is counted as well."""
 BALANCED_PRODUCTS, BALANCED_PASSES = 2.0, 11.0
 """More for each number that a balanced residual has: flops, of each direction of the basis, and
 accesses in the gradient's type: made, squared six times, its norm, scaled."""
+HOST_CODED_BASIS, HOST_RULE = 40.0, 20.0
+"""More for each projected matrix whose basis has to be decoded, and for each tensor under a rule
+that takes one after another (adafactor)."""
 HOST_PASS, HOST_STEP = 300.0, 105.0
 """Once a pass (embedding, loss) and once a step (clipping, schedule)."""
 FORWARD, BACKWARD = "forward", "backward"
-KERNEL_S = 2.5e-6
+KERNEL_S = 2.7e-6
 """From kernel to kernel: the end of one, where most of the device is idle, and the next's start."""
 KERNELS_FUSED = {FORWARD: 16.0, BACKWARD: 30.0}
 KERNELS_UNFUSED = {FORWARD: 45.0, BACKWARD: 75.0}
@@ -82,6 +85,9 @@ KERNELS_DROPOUT = {FORWARD: 2.0, BACKWARD: 3.0}
 """More for each adapter, with DoRA, with dropout."""
 KERNELS_PACKED, KERNELS_PASS = 1.0, 25.0
 """More for each packed linear, to unpack or round; and once a pass: embedding, loss."""
+KERNELS_GRADIENT, KERNELS_CLIPPED, KERNELS_UPDATE, KERNELS_PROJECTED = 2.0, 2.0, 4.0, 2.6
+"""For each 16-bit tensor that is trained: of its gradient, of clipping it, of its update, and more
+where it is projected. Tensors in float32 share their launches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +216,16 @@ class Count:
         part = min(1.0, self.held.optimizer_state / max(1, stock.optimizer_bytes) or 1.0)
         share = CODED_BANDWIDTH_SHARE if codec == "8bit" else UPDATE_BANDWIDTH_SHARE
         launches = HOST_STEP + HOST_UPDATE * len(stock.trained)
+        if rule.startswith("adafactor"):
+            launches += HOST_RULE * len(stock.trained)
         if low is not None:
             launches += projected * self._host_projected(low)
+        own = KERNELS_UPDATE + (0.0 if optim.max_grad_norm is None else KERNELS_CLIPPED)
+        kernels = own * self._num_narrow() + KERNELS_PROJECTED * projected
         return Stage(
             products_s=part * flops / hardware.rate(self.recipe.train.precision),
             memory_s=part * moved / (share * hardware.bandwidth_bytes),
+            gaps_s=kernels * KERNEL_S,
             launch_s=launches * hardware.launch_s,
         )
 
@@ -223,6 +234,8 @@ class Count:
         one = HOST_PROJECTED
         if self.recipe.optim.layerwise:
             one = HOST_IN_BACKWARD if self.recipe.optim.in_backward else HOST_LAYERWISE
+        if low.basis_storage in ("int8", "int4"):
+            one += HOST_CODED_BASIS
         return one + (0.0 if low.residual == "none" else HOST_RESIDUAL)
 
     def launches(self, stage: str) -> float:
@@ -254,9 +267,13 @@ class Count:
         times = {FORWARD: 0.0, BACKWARD: 0.0} | {stage: 1.0}
         if stage == BACKWARD:
             times[FORWARD] = again
-        return KERNELS_PASS + sum(
-            count * self._kernels_once(each) * layers for each, count in times.items()
-        )
+        blocks = sum(count * self._kernels_once(each) for each, count in times.items())
+        own = KERNELS_GRADIENT * self._num_narrow() if stage == BACKWARD else 0.0
+        return KERNELS_PASS + layers * blocks + own
+
+    def _num_narrow(self) -> int:
+        """Trained tensors that are not float32."""
+        return sum(tensor.dtype != "float32" for tensor in self.stock.trained)
 
     def _kernels_once(self, stage: str) -> float:
         """Of one block in one direction."""

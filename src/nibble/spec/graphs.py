@@ -28,6 +28,8 @@ MAX_GRAD_BYTES = 1 << 30
 """`auto`: of the gradients, which are kept from step to step."""
 SPARE_BYTES = 256 << 20
 """For what runs between passes: temporaries of an optimiser's step (optim/batches.py)."""
+STREAM_BYTES = 64 << 20
+"""Of the pool: what cuBLAS keeps for the stream that is recorded, on Hopper."""
 PLACEMENTS = ("single", "ddp")
 """Where a pass is kernels alone."""
 UPDATE = "the update"
@@ -90,12 +92,23 @@ def beside_graphs(name: str, moments: Moments, steps: Moments) -> dict[str, dict
             moment: {
                 **extra,
                 "gradients": gradients,
-                "activation_workspace": extra.get("activation_workspace", 0) + beside,
+                "activation_workspace": extra.get("activation_workspace", 0)
+                + beside
+                + STREAM_BYTES,
             }
             for moment, extra in passes.items()
         }
     if name not in ("evaluation", "save"):
         return {moment: {**extra} for moment, extra in moments.items()}
     pool = max(sum(extra.get(one, 0) for one in POOLED) for extra in passes.values())
-    held = {"recorded": pool, "gradients": gradients}
-    return {moment: {**extra, **held} for moment, extra in moments.items()}
+    held = {"recorded": pool + STREAM_BYTES, "gradients": gradients}
+    return {moment: {**extra, **held, **_hole(extra)} for moment, extra in moments.items()}
+
+
+def _hole(extra: Mapping[str, int]) -> dict[str, int]:
+    """A matrix that is larger than what a recording left free does not fit there, and is made
+    behind it.
+    """
+    if extra.get("dequantised", 0) <= SPARE_BYTES:
+        return {}
+    return {"activation_workspace": extra.get("activation_workspace", 0) + SPARE_BYTES}
