@@ -19,7 +19,10 @@ CASES = Path(__file__).with_name("layer_cases.py")
 def run_cases(interpret: bool) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(CASES), "-x", "-p", "no:cacheprovider", "-p", "no:benchmark"],
+        [
+            *(sys.executable, "-m", "pytest", str(CASES), "-x"),
+            *("-p", "no:cacheprovider", "-p", "no:benchmark"),
+        ],
         env={**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip

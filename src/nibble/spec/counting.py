@@ -17,7 +17,9 @@ When stages wait for each other is `speed.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from math import prod
 
 from nibble.spec.activations import Work, kept_by_block, mlp_size
 from nibble.spec.checkpointing import Keeping
@@ -60,9 +62,13 @@ HOST_BACKWARD, HOST_AGAIN = 1.1, 3.0
 Whole steps tell apart what is computed again, but not forward from backward."""
 HOST_ADAPTER, HOST_MATRIX, HOST_VECTOR, HOST_UPDATE = 14.8, 12.1, 2.5, 3.1
 """Of a tensor of an adapter in backward, of another that is trained, and of any one's update."""
-HOST_PROJECTED, HOST_LAYERWISE, HOST_IN_BACKWARD, HOST_RESIDUAL = 20.0, 52.0, 100.0, 30.0
+HOST_PROJECTED, HOST_LAYERWISE, HOST_IN_BACKWARD, HOST_RESIDUAL = 20.0, 52.0, 100.0, 15.0
 """More for each projected matrix: in its update, layer by layer, and updated in backward; and for
-its residual, if it has one. 20 and 20 + 30 are what is counted as well."""
+its residual, if it has one."""
+HOST_STACK = {"fira": 60.0, "channel": 60.0, "tensor": 60.0, "balanced": 115.0}
+"""For a residual of matrices that are alike and done as one stack (optim/residuals.py)."""
+STACKED = (256 << 20) // 48
+"""Elements of small matrices that go together (optim/projected_step.py)."""
 BALANCED_PRODUCTS, BALANCED_PASSES = 2.0, 11.0
 """More for each number that a balanced residual has: flops, of each direction of the basis, and
 accesses in the gradient's type: made, squared six times, its norm, scaled."""
@@ -220,6 +226,8 @@ class Count:
             launches += HOST_RULE * len(stock.trained)
         if low is not None:
             launches += projected * self._host_projected(low)
+            if low.residual != "none":
+                launches += HOST_STACK[low.residual] * self._num_stacks(low)
         own = KERNELS_UPDATE + (0.0 if optim.max_grad_norm is None else KERNELS_CLIPPED)
         kernels = own * self._num_narrow() + KERNELS_PROJECTED * projected
         return Stage(
@@ -237,6 +245,14 @@ class Count:
         if low.basis_storage in ("int8", "int4"):
             one += HOST_CODED_BASIS
         return one + (0.0 if low.residual == "none" else HOST_RESIDUAL)
+
+    def _num_stacks(self, low: LowRank) -> int:
+        """Stacks of projected matrices that are alike; layer by layer each is alone."""
+        shapes = Counter(t.shape for t in self.stock.trained if low.projects(t.shape))
+        if self.recipe.optim.layerwise:
+            return shapes.total()
+        sizes = {shape: prod(low.projected_shape(matrix_shape(shape))) for shape in shapes}
+        return sum(-(-n // max(1, STACKED // sizes[shape])) for shape, n in shapes.items())
 
     def launches(self, stage: str) -> float:
         """What forward or backward of one pass takes the host, in bare launches."""
