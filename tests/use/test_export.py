@@ -20,6 +20,10 @@ from nibble.use.divergence import divergence
 from nibble.use.export import Exported, check_kind, export
 
 CPU = torch.device("cpu")
+# What float32 may lose, as a share of the largest logit: these models' own float32 logits lie up to
+# 1.4e-5 from those of float64 (their norms divide by small numbers), and either side may round so.
+# Training moves them by more than 1e-2.
+ROUNDING = 5e-5
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
 DORA = {"kind": "dora", "rank": 4}
 EXPAND = {"kind": "expand", "num_new_blocks": 1}
@@ -142,7 +146,7 @@ def test_what_is_exported_is_what_was_trained(case: str, root: Path, tmp_path: P
         assert 0 < float(kl.mean()) < 1e-3
     else:
         scale = float(expected.abs().max())
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, scale))
+        torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * max(1.0, scale))
     assert done.divergence.mean < (1e-3 if recipe.quant.format == "int8" else 1e-6)
     assert done.divergence.same_best == 1.0
     assert not [path for path in tmp_path.iterdir() if path.name != "model"]
@@ -151,7 +155,7 @@ def test_what_is_exported_is_what_was_trained(case: str, root: Path, tmp_path: P
         assert peft.divergence.mean == peft.divergence.largest == 0
         if recipe.quant.format != "int8":
             theirs = logits(loaded_by_peft(peft.folder, recipe, trained))
-            torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5 * max(1.0, scale))
+            torch.testing.assert_close(theirs, expected, rtol=0, atol=ROUNDING * max(1.0, scale))
 
 
 def test_training_changed_the_model(root: Path) -> None:
