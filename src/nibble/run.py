@@ -28,6 +28,7 @@ from nibble.nn.attention import PACKED, attention_name
 from nibble.place import Group, placement
 from nibble.place.activations import Activations
 from nibble.place.base import Memory, Placement, out_of_memory_is_explained
+from nibble.place.devices import slow_products
 from nibble.spec.config import Recipe
 from nibble.spec.graphs import wish
 from nibble.spec.plan import Plan
@@ -96,7 +97,8 @@ def _train(
         versions = gather_versions(seed=recipe.train.seed)
         folder.write_versions(versions)
         if group.is_first:
-            _show(report, recipe, folder, stream=stream, notes=notes)
+            slow = slow_products(place.device, recipe.train.precision)
+            _show(report, recipe, folder, stream=stream, notes=[*notes, *filter(None, [slow])])
         assembly, splits = _model_and_data(recipe, group, report)
         recipe = assembly.recipe
         folder.write_recipe(recipe)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nibble.cli import demo, main
 from nibble.errors import ConfigError
+from nibble.place import devices
 from nibble.spec.plan import plan
 
 
@@ -31,6 +33,21 @@ def test_the_recipe_is_qlora_on_all_linears(tmp_path: Path, packed_model: Path) 
     assert (recipe.quant.format, recipe.adapter.kind) == ("nf4", "lora")
     assert recipe.adapter.targets == ("all-linear",)
     assert recipe.train.max_steps == 3
+
+
+@pytest.mark.parametrize(("slowdown", "precision"), [(62.0, "fp32"), (0.7, "bf16")])
+def test_it_computes_in_what_the_processor_is_fast_in(
+    slowdown: float, precision: str, tmp_path: Path, packed_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(devices, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(devices, "pick_device", lambda word: torch.device("cpu"))
+    recipe = demo.demo_recipe(tmp_path / "demo", num_steps=3)
+    assert recipe.train.precision == precision
+    assert devices.slow_products(torch.device("cuda"), "bf16") == ""
+    assert devices.slow_products(torch.device("cpu"), "fp32") == ""
+    told = devices.slow_products(torch.device("cpu"), "bf16")
+    assert ("62 times" in told and "train.precision=fp32" in told) == (precision == "fp32")
 
 
 def test_the_files_hold_what_is_learnt_and_what_is_held_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,11 @@ from nibble.nn.quant import PackedWeight, QuantLinear, quantize_
 from nibble.numerics.formats import pack
 from nibble.place.activations import Activations, Recomputed
 from nibble.place.base import host_peak_bytes, out_of_memory_is_explained
-from nibble.place.devices import begin_context, pick_device
+from nibble.place.devices import begin_context, bf16_slowdown, pick_device
 from nibble.place.single import Single, one_device
 from nibble.spec.config import Adapter, Place, Quant
 from nibble.spec.formats import format_spec
+from nibble.spec.hardware import SLOW_BF16
 
 
 def tiny(*, tied: bool = True) -> Any:
@@ -246,3 +248,19 @@ def test_a_context_that_cannot_begin_says_nothing() -> None:
     for thread in threading.enumerate():
         if thread.name == "nibble-context":
             thread.join(60)  # what it raises is an error of the test
+
+
+def test_the_slowdown_of_bf16_is_that_of_a_large_product() -> None:
+    """Where small products are not slow, large ones are not either, and the other way round."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(x, x)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    large = seconds(torch.bfloat16) / seconds(torch.float32)
+    assert (bf16_slowdown() < SLOW_BF16) == (large < SLOW_BF16)

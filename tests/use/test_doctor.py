@@ -109,6 +109,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "warn",
         "CUDA_VISIBLE_DEVICES='' may hide it",
     ),
+    ({"bf16_slowdown": 62.1}, "processor", "warn", "train.precision=fp32"),
     ({"gpus": (replace(GPU, capability=(7, 5)),)}, "gpu 0", "warn", "train.precision=fp16"),
     ({"gpus": (replace(GPU, capability=(6, 1)),)}, "gpu 0", "fail", "place.device=cpu"),
     ({"gpus": (replace(GPU, free_bytes=40 * GIB),)}, "gpu 0", "warn", "another process"),
@@ -135,6 +136,10 @@ def test_each_trouble_is_named_with_what_to_do(
     findings = bad(**changes)
     assert [(f.name, f.status) for f in findings] == [(name, status)]
     assert advice in findings[0].advice
+
+
+def test_a_processor_that_computes_in_bf16_is_well() -> None:
+    assert bad(bf16_slowdown=0.5) == [] == bad(bf16_slowdown=1.5)
 
 
 def test_processes_are_told() -> None:
@@ -189,6 +194,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     facts = collect(["torch", "no-such-distribution"])
     assert facts.versions == {"torch": torch.__version__, "no-such-distribution": None}
     assert 0 < facts.host_free_bytes <= facts.host_total_bytes
+    assert facts.gpus or (facts.bf16_slowdown or 0) > 0
     assert len(facts.gpus) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 

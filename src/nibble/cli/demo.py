@@ -41,7 +41,11 @@ def model_file() -> Path:
 
 
 def demo_recipe(folder: Path, *, num_steps: int) -> Recipe:
-    """The demo's recipe: what `nibble train qlora` does, on these files."""
+    """The demo's recipe: what `nibble train qlora` does, on these files; in fp32 on a processor
+    that is slow in bf16, where it would take hours."""
+    from nibble.place.devices import pick_device, slow_products
+
+    is_slow = bool(slow_products(pick_device("auto"), "bf16"))
     return load_recipe(
         "qlora",
         [
@@ -53,6 +57,7 @@ def demo_recipe(folder: Path, *, num_steps: int) -> Recipe:
             "train.gradient_accumulation_steps=1",
             f"train.max_steps={num_steps}",
             "train.activation_checkpointing=none",
+            *(["train.precision=fp32"] if is_slow else []),
             "adapter.rank=8",
             "adapter.alpha=16",
             "adapter.dropout=0",

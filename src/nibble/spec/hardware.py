@@ -32,6 +32,9 @@ FP32_SHARE = 1 / 8
 LAUNCH_US = 8.0
 """Where nothing is measured; hosts of rented cards have 10, fast desktops 5."""
 
+SLOW_BF16 = 4.0
+"""Where products in bf16 take this many times as long as in fp32, fp32 is what to compute in."""
+
 CPU = "cpu"
 """Key of the row of this machine's processor."""
 

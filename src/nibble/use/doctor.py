@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nibble.launch.devices import Card, unequal
+from nibble.spec.hardware import SLOW_BF16
 from nibble.spec.units import GIB, MIB, show_bytes
 from nibble.use.machine import Facts, Gpu, collect
 
@@ -126,6 +127,18 @@ def _judge_gpu(gpu: Gpu, about: str) -> Finding:
         status = "warn"
         advice = "another process holds memory there: see nvidia-smi"
     return Finding(name=f"gpu {gpu.index}", status=status, text=text, advice=advice)
+
+
+def check_processor(facts: Facts) -> list[Finding]:
+    """Whether a processor that has to do without a card computes in bf16."""
+    if facts.bf16_slowdown is None:
+        return []
+    if facts.bf16_slowdown < SLOW_BF16:
+        text = "products in bf16 take as long as in fp32, or less"
+        return [Finding(name="processor", status="ok", text=text)]
+    text = f"products in bf16 take {facts.bf16_slowdown:.0f} times as long as in fp32"
+    advice = "set train.precision=fp32 for runs on this processor"
+    return [Finding(name="processor", status="warn", text=text, advice=advice)]
 
 
 def check_processes(facts: Facts) -> list[Finding]:
@@ -279,6 +292,7 @@ CHECKS: tuple[Callable[[Facts], list[Finding]], ...] = (
     check_python,
     check_libraries,
     check_gpus,
+    check_processor,
     check_processes,
     check_kernels,
     check_extras,

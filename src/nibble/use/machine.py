@@ -75,6 +75,8 @@ class Facts:
     """None: no limit."""
     open_files: int | None
     environment: Mapping[str, str]
+    bf16_slowdown: float | None = None
+    """Of the processor's products in bf16 against fp32; None where a card computes."""
     has_nccl: bool = True
     launcher: str | None = None
     """Who started this process as one of several, and as which."""
@@ -107,6 +109,7 @@ def collect(distributions: Iterable[str]) -> Facts:
         locked_limit_bytes=_limit("RLIMIT_MEMLOCK"),
         open_files=_limit("RLIMIT_NOFILE"),
         environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        bf16_slowdown=None if gpus else _bf16_slowdown(),
         has_nccl=_has_nccl(),
         launcher=_launcher(),
         packed=_packed_cache(),
@@ -155,6 +158,14 @@ def _torch_facts() -> tuple[str | None, tuple[Gpu, ...]]:
             )
         )
     return torch.version.cuda, tuple(gpus)
+
+
+def _bf16_slowdown() -> float | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from nibble.place.devices import bf16_slowdown
+
+    return bf16_slowdown()
 
 
 def _has_nccl() -> bool:
